@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT
+// Every operator of dmfast: the table of contents. What each does, and the shapes of its tensors,
+// stands in dmfast/ops.py.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dmfast, m) {
+  m.def("siamese_augment(Tensor x, Tensor params, Tensor? offsets=None) -> Tensor");
+  m.def("_siamese_augment_backward(Tensor gradient, Tensor params, Tensor? offsets) -> Tensor");
+  m.def(
+      "gather_augment(Tensor images, Tensor index, Tensor params, Tensor mean, Tensor std, "
+      "ScalarType dtype, Tensor? offsets=None) -> Tensor");
+
+  m.def(
+      "class_mean_discrepancy(Tensor real, Tensor syn, int classes, Tensor? real_offsets=None, "
+      "Tensor? syn_offsets=None) -> (Tensor, Tensor)");
+  m.def("_class_mean(Tensor rows, int classes, Tensor? offsets) -> Tensor");
+  m.def(
+      "_class_mean_backward(Tensor gradient, SymInt rows, Tensor? offsets, ScalarType dtype) -> "
+      "Tensor");
+
+  // A step is a number, or a tensor on the device that is read when the operator runs.
+  m.def(
+      "draw_augmentation_(Tensor(a!) params, int[] words, bool all, int groups, int rows, "
+      "int height, int width, float[] strength, int seed, int step, Tensor? step_tensor, "
+      "int first_group, int stream) -> ()");
+  m.def(
+      "draw_batch(Tensor order, Tensor class_offsets, Tensor offsets, int rows, int seed, "
+      "int step, Tensor? step_tensor, int first_class, int stream) -> Tensor");
+  m.def(
+      "draw_weights_(Tensor(a!)[] tensors, float[] bounds, int seed, int step, "
+      "Tensor? step_tensor, int? networks, int first_network, int stream) -> ()");
+}
+
+// An empty module: importing it runs the registrations of the library.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
