@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the outputs of the published code are."""
+"""Where real image sets and the outputs of the published code are."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-#: The folder with the whole of the test vectors and real image sets; a part of the vectors stands
-#: under tests/data.
-SHARED = Path(os.environ.get("DMFAST_SHARED", HERE.parent.parent / "shared"))
+#: The folder with real image sets and the whole of the test vectors, of which a part stands under
+#: tests/data.
+SHARED = Path(os.environ.get("DMFAST_SHARED") or HERE.parent.parent / "shared")
 
 
 def golden_file(name: str) -> Path:

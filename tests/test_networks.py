@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: MIT
+"""The ConvNet family: names, shapes, published state dicts and initialisation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmfast.errors import InputError
+from dmfast.networks import get_network, has_batch_norm, initialise_
+from dmfast.ops import Stream
+
+SHARED = Path(os.environ.get("DMFAST_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def layers(name: str) -> list[str]:
+    network = get_network(name, 3, 10, (32, 32))
+    assert isinstance(network.features, nn.Sequential)
+    return [type(layer).__name__ for layer in network.features]
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "width", "block"),
+    [
+        ("ConvNet", 3, 128, "Conv2d GroupNorm ReLU AvgPool2d"),
+        ("ConvNetD1", 1, 128, "Conv2d GroupNorm ReLU AvgPool2d"),
+        ("ConvNetD4", 4, 128, "Conv2d GroupNorm ReLU AvgPool2d"),
+        ("ConvNetW32", 3, 32, "Conv2d GroupNorm ReLU AvgPool2d"),
+        ("ConvNetW256", 3, 256, "Conv2d GroupNorm ReLU AvgPool2d"),
+        ("ConvNetAS", 3, 128, "Conv2d GroupNorm Sigmoid AvgPool2d"),
+        ("ConvNetAR", 3, 128, "Conv2d GroupNorm ReLU AvgPool2d"),
+        ("ConvNetAL", 3, 128, "Conv2d GroupNorm LeakyReLU AvgPool2d"),
+        ("ConvNetASwish", 3, 128, "Conv2d GroupNorm SiLU AvgPool2d"),
+        ("ConvNetNN", 3, 128, "Conv2d ReLU AvgPool2d"),
+        ("ConvNetBN", 3, 128, "Conv2d BatchNorm2d ReLU AvgPool2d"),
+        ("ConvNetLN", 3, 128, "Conv2d LayerNorm ReLU AvgPool2d"),
+        ("ConvNetIN", 3, 128, "Conv2d GroupNorm ReLU AvgPool2d"),
+        ("ConvNetGN", 3, 128, "Conv2d GroupNorm ReLU AvgPool2d"),
+        ("ConvNetNP", 3, 128, "Conv2d GroupNorm ReLU"),
+        ("ConvNetMP", 3, 128, "Conv2d GroupNorm ReLU MaxPool2d"),
+        ("ConvNetAP", 3, 128, "Conv2d GroupNorm ReLU AvgPool2d"),
+        ("ConvNetASwishBN", 3, 128, "Conv2d BatchNorm2d SiLU AvgPool2d"),
+        ("ConvNetD4BN", 4, 128, "Conv2d BatchNorm2d ReLU AvgPool2d"),
+        ("ConvNetD2W64ASNNMP", 2, 64, "Conv2d Sigmoid MaxPool2d"),
+    ],
+)
+def test_names(name: str, depth: int, width: int, block: str) -> None:
+    assert layers(name) == block.split() * depth
+    network = get_network(name, 3, 10, (32, 32))
+    assert [p.shape[0] for p in network.features.parameters() if p.dim() == 4] == [width] * depth
+    assert has_batch_norm(network) == ("BN" in name)
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_parts_mean_what_they_say() -> None:
+    def part(name: str, index: int) -> nn.Module:
+        features = get_network(name, 3, 10, (32, 32)).features
+        assert isinstance(features, nn.Sequential)
+        return features[index]
+
+    x = torch.randn(2, 128, 8, 8)
+    torch.testing.assert_close(part("ConvNet", 1)(x), nn.InstanceNorm2d(128)(x))
+    torch.testing.assert_close(part("ConvNetGN", 1)(x), nn.functional.group_norm(x, 4))
+    torch.testing.assert_close(
+        part("ConvNetLN", 5)(torch.ones(1, 128, 16, 16)), torch.zeros(1, 128, 16, 16)
+    )
+    torch.testing.assert_close(part("ConvNetASwish", 2)(x), x * torch.sigmoid(x))
+    torch.testing.assert_close(part("ConvNetAL", 2)(x.clone()), torch.maximum(x, 0.01 * x))
+
+
+@pytest.mark.parametrize(
+    "name", ["convnet", "ConvNetBNx", "ConvNetW64D3", "ConvNetD0", "ConvNetAPBN", "MLP", "", "AS"]
+)
+def test_unknown_model(name: str) -> None:
+    with pytest.raises(InputError, match=r"unknown model .* ConvNet\[D<depth>\]") as raised:
+        get_network(name, 3, 10, (32, 32))
+    assert repr(name) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size", "features"),
+    [
+        ("ConvNet", 3, (32, 32), 128 * 4 * 4),
+        ("ConvNetD4", 3, (64, 64), 128 * 4 * 4),
+        ("ConvNet", 1, (28, 28), 128 * 4 * 4),  # padded to 32
+        ("ConvNet", 1, (8, 8), 128),  # 12, 6, 3, 1
+        ("ConvNet", 3, (30, 41), 128 * 3 * 5),
+        ("ConvNetNP", 1, (8, 8), 128 * 12 * 12),
+        ("ConvNetLN", 1, (9, 28), 128 * 1 * 4),
+    ],
+)
+def test_embedding_has_the_size_of_the_feature_map(
+    name: str, channels: int, size: tuple[int, int], features: int
+) -> None:
+    network = get_network(name, channels, 5, size)
+    x = torch.randn(3, channels, *size)
+    embedding = network.embed(x)
+    assert embedding.shape == (3, features)
+    torch.testing.assert_close(network.features(x).reshape(3, -1), embedding)
+    torch.testing.assert_close(network(x), network.classifier(embedding))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size", "words"),
+    [
+        ("ConvNetD4", 1, (8, 8), "8x8 .*depth 4.*D3"),
+        ("ConvNet", 3, (4, 64), "4x64 .*depth 3.*D2"),
+        ("ConvNetD2", 3, (1, 1), "1x1 .*depth 2.*NP"),
+    ],
+)
+def test_image_too_small(name: str, channels: int, size: tuple[int, int], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        get_network(name, channels, 10, size)
+
+
+def test_width_that_does_not_split_into_groups() -> None:
+    with pytest.raises(InputError, match="W30"):
+        get_network("ConvNetW30GN", 3, 10, (32, 32))
+
+
+def test_published_state_dict_loads() -> None:
+    path = SHARED / "golden" / "dm_steps.npz"
+    if not path.exists():
+        pytest.skip("the test vectors of the published code are not here")
+    with np.load(path) as golden:
+        state = {
+            key.removeprefix("weights0."): torch.from_numpy(golden[key])
+            for key in golden
+            if key.startswith("weights0.")
+        }
+    network = get_network("ConvNetW32", 3, 3, (32, 32))
+    network.load_state_dict(state)
+    assert list(network.state_dict()) == list(state)
+
+
+def drawn(name: str, seed: int, step: int = 0, **keywords: int) -> list[Tensor]:
+    network = get_network(name, 3, 10, (32, 32))
+    initialise_(network, seed, step, **keywords)  # type: ignore[arg-type]
+    return [parameter.detach() for parameter in network.parameters()]
+
+
+def test_weights_are_a_function_of_seed_step_stream_and_network() -> None:
+    first = drawn("ConvNetW32", 1)
+    for parameters in (
+        drawn("ConvNetW32", 1),
+        list(get_network("ConvNetW32", 3, 10, (32, 32), seed=1).parameters()),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(first, parameters, strict=True))
+    for other in (
+        drawn("ConvNetW32", 2),
+        drawn("ConvNetW32", 1, step=1),
+        drawn("ConvNetW32", 1, network_index=1),
+        drawn("ConvNetW32", 1, stream=Stream.EVALUATION_WEIGHTS),
+    ):
+        assert not any(
+            torch.equal(a, b) for a, b in zip(first, other, strict=True) if a.unique().numel() > 1
+        )
+
+
+def test_memory_format_does_not_change_the_weights() -> None:
+    network = get_network("ConvNetW32", 3, 10, (32, 32)).to(memory_format=torch.channels_last)
+    initialise_(network, 1, 0)
+    parameters = zip(network.parameters(), drawn("ConvNetW32", 1), strict=True)
+    assert all(torch.equal(a, b) for a, b in parameters)
+    weight = next(network.parameters())
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_seed_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    get_network("ConvNetBN", 3, 10, (32, 32), seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["ConvNetBN", "ConvNetLN", "ConvNetNN"])
+def test_distribution_is_that_of_torch(name: str) -> None:
+    torch.manual_seed(0)
+    theirs = get_network(name, 3, 10, (32, 32)).state_dict()
+    ours = get_network(name, 3, 10, (32, 32), seed=0).state_dict()
+    assert list(ours) == list(theirs)
+    for key, tensor in ours.items():
+        expected = theirs[key]
+        assert tensor.dtype == expected.dtype
+        if expected.unique().numel() <= 1:  # norms and running statistics
+            assert torch.equal(tensor, expected), key
+            continue
+        # Bounds, mean and spread of a uniform distribution; 5 standard errors of each.
+        n = tensor.numel()
+        bound = theirs[key.replace("bias", "weight")][0].numel() ** -0.5
+        for values in (tensor, expected):
+            assert values.abs().max() <= bound, key
+            assert values.abs().max() > bound * (1 - 10 / n), key
+            assert abs(values.mean()) < 5 * bound / (3 * n) ** 0.5, key
+            assert abs(values.square().mean() - bound**2 / 3) < 5 * 0.3 * bound**2 / n**0.5, key
+
+
+def test_initialise_undoes_training() -> None:
+    network = get_network("ConvNetW32BN", 3, 10, (32, 32), seed=1)
+    fresh = {key: value.clone() for key, value in network.state_dict().items()}
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    initialise_(network, 1, 0)
+    assert all(torch.equal(fresh[key], value) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["ConvNetW32", "ConvNetW32ASwishBN", "ConvNetW32ALGNMP"])
+def test_works_under_channels_last_autocast_and_functional_call(name: str) -> None:
+    network = get_network(name, 3, 10, (32, 32), seed=1)
+    x = torch.randn(4, 3, 32, 32)
+    embedding, logits = network.embed(x), network(x)
+
+    other = get_network(name, 3, 10, (32, 32), seed=2)
+    weights = dict(network.named_parameters())
+    called = torch.func.functional_call(other, weights, (x,))
+    torch.testing.assert_close(called, logits)
+    gradients = torch.autograd.grad(called.square().sum(), list(weights.values()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+    network.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(network.embed(x), embedding)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = network(x)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), logits, rtol=0.1, atol=0.1)
