@@ -11,9 +11,12 @@ from typing import NoReturn
 
 from .errors import InputError
 
+_ROOM = "free some space or choose another folder"
 _DISK_REMEDIES = {
-    errno.ENOSPC: "free some space or choose another folder",
-    errno.EDQUOT: "free some space or choose another folder",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EIO: "check the disk or choose another folder",
     errno.EROFS: "choose a folder that can be written to",
     errno.EACCES: "choose a folder that you may use, or change its permissions",
     errno.EPERM: "choose a folder that you may use, or change its permissions",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Input that cannot be used.
@@ -10,3 +12,9 @@ class InputError(ValueError):
     The message is one line that names the thing and the remedy; the commands print it and exit
     with status 2.
     """
+
+
+def choose(option: str, value: str, known: Iterable[str]) -> None:
+    """Raises :class:`InputError` where the value of an option is none of those known."""
+    if value not in known:
+        raise InputError(f"{option}: unknown value {value!r}; choose from {', '.join(known)}")

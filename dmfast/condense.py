@@ -1,0 +1,593 @@
+# SPDX-License-Identifier: MIT
+"""Condenses a real image set into a few images a class, by distribution matching.
+
+``python -m dmfast.condense --dataset NAME --ipc N``, and :func:`run` for the same job from Python.
+A run is a pure function of its options and the data: killed at any moment and resumed, it comes to
+the same bits, on the same machine, as one that was left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import charts, cli
+from .augment import WORDS, parse_strategy
+from .data import ImageData, canonical_name
+from .data import load as load_data
+from .devices import PRECISIONS, resolve_device, resolve_precision
+from .errors import InputError, choose
+from .matching import INITS, Matcher, initial_images
+from .memory import keep_freed_pages
+from .networks import get_network, has_batch_norm
+from .presets import preset
+from .runs import Checkpoint, RunFolder, interrupts_deferred
+from .synthetic import SyntheticSet, save_grid
+from .training import evaluate_set
+
+_MAX_ITERATIONS = 2**32  # the number of an iteration is a 32-bit word of the random numbers
+#: Options that may change from one session of a run to the next; all else decides its numbers.
+_FREE_OPTIONS = frozenset(
+    {
+        *("iterations", "device", "data_root", "out", "resume", "overwrite", "cache", "download"),
+        *("report_every", "checkpoint_every", "evaluate_every"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class CondenseConfig:
+    """The options of a run, named as on the command line.
+
+    Where None, ``model``, ``iterations``, ``lr_img``, ``batch_real`` and ``dsa_strategy`` (words
+    joined by underscores; "" for no augmentation) are the presets of the data set and ``ipc``, and
+    ``out`` is a folder in ``runs`` named after the run. ``classes_per_step`` is a number or
+    ``auto``.
+
+    Raises:
+        InputError: on values out of range, or options that exclude each other.
+    """
+
+    dataset: str = "digits"
+    data_root: str | None = None
+    model: str | None = None
+    ipc: int = 10
+    iterations: int | None = None
+    lr_img: float | None = None
+    momentum: float = 0.5
+    batch_real: int | None = None
+    init: str = "real"
+    dsa_strategy: str | None = None
+    precision: str = "auto"
+    seed: int = 0
+    device: str = "auto"
+    out: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    report_every: int = 10
+    checkpoint_every: int = 200
+    evaluate_every: int = 0
+    classes_per_step: int | str = "auto"
+    cache: bool = True
+    download: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("ipc", 1, None),
+            ("iterations", 1, _MAX_ITERATIONS),
+            ("batch_real", 1, None),
+            ("seed", 0, 2**63 - 1),
+            ("report_every", 1, None),
+            ("checkpoint_every", 1, None),
+            ("evaluate_every", 0, None),
+        ):
+            value = getattr(self, name)
+            if value is not None and (value < low or (high is not None and value > high)):
+                span = f"{low} or more" if high is None else f"from {low} to {high}"
+                raise InputError(f"{_flag(name)} must be {span}, got {value}")
+        if self.lr_img is not None and not 0 < self.lr_img < math.inf:
+            raise InputError(f"--lr-img must be a positive number, got {self.lr_img}")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"--momentum must be from 0 to below 1, got {self.momentum}")
+        per_step = self.classes_per_step
+        if per_step != "auto" and not (isinstance(per_step, int) and per_step >= 1):
+            raise InputError(f"--classes-per-step must be auto, or 1 or more, got {per_step}")
+        choose("--init", self.init, INITS)
+        choose("--precision", self.precision, PRECISIONS)
+        if self.resume and self.overwrite:
+            raise InputError("--resume and --overwrite exclude each other: leave one out")
+
+
+@dataclass(frozen=True)
+class _Options(CondenseConfig):
+    """The options with every default in its place."""
+
+    model: str = ""
+    iterations: int = 0
+    lr_img: float = 0.0
+    batch_real: int = 0
+    dsa_strategy: str = ""
+    out: str = ""
+
+    @staticmethod
+    def of(config: CondenseConfig) -> _Options:
+        name = canonical_name(config.dataset)
+        given = {option: value for option, value in asdict(config).items() if value is not None}
+        options = {**asdict(preset(name, config.ipc)), **given}
+        device = resolve_device(config.device)
+        short_name = re.sub(r"[^\w-]+", "-", Path(name).name)
+        out = f"runs/{short_name}-{options['model']}-ipc{config.ipc}-seed{config.seed}"
+        return _Options(
+            **{
+                "out": out,
+                **options,
+                "dataset": name,
+                "dsa_strategy": "_".join(parse_strategy(options["dsa_strategy"])),
+                "device": str(device),
+                "precision": resolve_precision(config.precision, device),
+            }
+        )
+
+    def fixed(self) -> dict[str, Any]:
+        """Those that decide the numbers of the run."""
+        return {name: value for name, value in asdict(self).items() if name not in _FREE_OPTIONS}
+
+
+def run(config: CondenseConfig) -> SyntheticSet:
+    """Does what ``python -m dmfast.condense`` does: leaves a run in its folder.
+
+    A run that has made its iterations already is not continued; what it came to is returned.
+
+    Raises:
+        InputError: an option or the data cannot be used, or they do not fit each other, which
+            leaves nothing behind; or the folder holds another run; or the disk fails or the loss
+            is no longer finite, which leaves the last checkpoint.
+        KeyboardInterrupt: on Ctrl-C, which leaves a checkpoint and the set so far.
+    """
+    options = _Options.of(config)
+    folder = RunFolder(options.out)
+    if folder.holds_run() and not (options.resume or options.overwrite):
+        raise InputError(
+            f"{folder.path} holds another run: --resume continues it, --overwrite replaces it; or "
+            "choose another --out"
+        )
+    checkpoint = folder.read_checkpoint() if options.resume else None
+    if checkpoint is not None:
+        if config.precision == "auto":  # on another device, too, a run goes on as it began
+            options = replace(options, precision=checkpoint.options["precision"])
+        _check_options(options, checkpoint, folder)
+    source = load_data(
+        options.dataset, options.data_root, cache=options.cache, download=options.download
+    )
+    condensation = _Condensation(options, source, folder, checkpoint)
+    condensation.prepare_folder()
+    return condensation.run()
+
+
+class _Condensation:
+    """A run in progress: how far it is, and what of it is not written down yet."""
+
+    def __init__(
+        self,
+        options: _Options,
+        source: ImageData,
+        folder: RunFolder,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._options, self._source, self._folder = options, source, folder
+        self._resumed = checkpoint
+        self._data = _checksum(source)
+        if checkpoint is None:
+            images = initial_images(source, options.ipc, options.init, options.seed)
+            self._iteration, self._seconds = 0, 0.0
+        else:
+            if checkpoint.data != self._data:
+                raise InputError(
+                    f"the images of {source.name} are not those that {folder.path} was begun with: "
+                    "name theirs by --data-root, or choose another --out"
+                )
+            images, self._iteration = checkpoint.images, checkpoint.iteration
+            self._seconds = checkpoint.seconds
+        network = get_network(
+            options.model, source.channels, source.classes, source.size, options.seed
+        )
+        if has_batch_norm(network) and options.classes_per_step != "auto":
+            raise InputError(
+                f"--classes-per-step: {options.model} normalises over all classes at once, so they "
+                "cannot be divided; leave the option out, or choose a model without batch norm"
+            )
+        _mention_small_classes(source, options.batch_real)
+        self._matcher = Matcher(
+            source,
+            network,
+            images,
+            batch_real=options.batch_real,
+            strategy=options.dsa_strategy,
+            seed=options.seed,
+            lr=options.lr_img,
+            momentum=options.momentum,
+            precision=options.precision,
+            classes_per_step=(
+                None if options.classes_per_step == "auto" else int(options.classes_per_step)
+            ),
+            device=torch.device(options.device),
+        )
+        if checkpoint is not None:
+            self._matcher.momentum_buffer.copy_(checkpoint.momentum)
+        self._losses: list[Tensor] = []  # of the iterations since the last reading
+        self._loss = math.nan  # the last one read
+        self._evaluated = 0
+        self._begun_at = self._iteration  # of this session
+        self._reported_at = self._iteration
+        self._started = self._reported = time.perf_counter()
+
+    def prepare_folder(self) -> None:
+        """Starts the run's folder, or takes it back to the checkpoint."""
+        options = asdict(self._options)
+        if self._resumed is not None:
+            for record in self._folder.resume(options, self._resumed):
+                if "accuracy_mean" in record:
+                    self._evaluated = record["iteration"]
+            return
+        if self._folder.holds_run():
+            if self._options.resume:
+                _note(f"{self._folder.path} has no checkpoint yet: starting over")
+            self._folder.clear()
+        self._folder.start(options, self._checkpoint())
+
+    def run(self) -> SyntheticSet:
+        """Makes the iterations that are left and writes the results."""
+        from tqdm import tqdm
+
+        options = self._options
+        if self._iteration >= options.iterations:
+            print(f"{self._folder.path} has made its {self._iteration} iterations already")
+        self._started = self._reported = time.perf_counter()
+        # On a terminal only; a log has a line at each checkpoint.
+        bar = tqdm(total=options.iterations, initial=self._iteration, unit="it", disable=None)
+        try:
+            with bar:
+                while True:
+                    if self._evaluation_is_due():
+                        self._evaluate()
+                    if self._iteration >= options.iterations:
+                        break
+                    loss, gradient = self._matcher.gradient(self._iteration)
+                    with interrupts_deferred():
+                        self._matcher.update(gradient)
+                        self._iteration += 1
+                        self._losses.append(loss)
+                        self._write_what_is_due(bar)
+                    bar.update()
+        except KeyboardInterrupt:
+            with interrupts_deferred():
+                self._write_checkpoint()
+                self._write_results()
+            print(f"stopped after iteration {self._iteration}; --resume continues from there")
+            raise
+        synthetic = self._write_results()
+        print(f"{len(synthetic.images)} images: {self._folder.synthetic}, {self._folder.grid}")
+        return synthetic
+
+    def _write_what_is_due(self, bar: Any) -> None:
+        options, iteration = self._options, self._iteration
+        last = iteration == options.iterations
+        if last or iteration % options.report_every == 0:
+            self._read_losses()
+            self._folder.append_metrics(self._report())
+            bar.set_postfix(loss=f"{self._loss:.5g}", refresh=False)
+        if last or iteration % options.checkpoint_every == 0 or self._evaluation_is_due():
+            with self._uncounted():
+                self._write_checkpoint()
+            if bar.disable:
+                self._print_progress()
+
+    def _read_losses(self) -> None:
+        """Waits for the device, and checks that the run is still sound.
+
+        Raises:
+            InputError: a loss since the last reading, or an image, is not finite.
+        """
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        for iteration, loss in enumerate(losses, self._iteration - len(losses) + 1):
+            if not math.isfinite(loss):
+                self._fail(f"the loss is {loss} at iteration {iteration}")
+            self._loss = loss
+        if not self._matcher.images.isfinite().all():
+            self._fail(f"the images are not finite after iteration {self._iteration}")
+        self._losses.clear()
+
+    def _fail(self, what: str) -> NoReturn:
+        raise InputError(
+            f"{what}: choose a smaller --lr-img than {self._options.lr_img:g}; {self._folder.kept}"
+        )
+
+    def _report(self) -> dict[str, Any]:
+        now = time.perf_counter()
+        images = (self._iteration - self._reported_at) * self._matcher.real_images_per_step
+        rate = images / (now - self._reported)
+        self._reported_at, self._reported = self._iteration, now
+        return {
+            "iteration": self._iteration,
+            "loss": self._loss,
+            "seconds": round(self._elapsed(), 3),
+            "images_per_second": round(rate, 1),
+            "peak_memory_bytes": _peak_memory(self._matcher.images.device),
+        }
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether this iteration is to be evaluated and was not, by this session or another."""
+        every, iteration = self._options.evaluate_every, self._iteration
+        return every > 0 and 0 < iteration != self._evaluated and iteration % every == 0
+
+    def _evaluate(self) -> None:
+        synthetic, options = self._synthetic_set(), self._options
+        with self._uncounted():
+            result = evaluate_set(
+                synthetic.images,
+                synthetic.labels,
+                self._source,
+                model=options.model,
+                networks=1,
+                seed=options.seed,
+                strategy=options.dsa_strategy,
+                precision=options.precision,
+                device=options.device,
+            )
+        record = {
+            "iteration": self._iteration,
+            "accuracy_mean": result.accuracy_mean,
+            "accuracy_std": result.accuracy_std,
+            "accuracies": list(result.accuracies),
+        }
+        with interrupts_deferred():
+            self._folder.append_metrics(record)
+            self._evaluated = self._iteration
+        print(f"iteration {self._iteration}: accuracy {result.accuracy_mean:.2f} %", flush=True)
+
+    def _write_checkpoint(self) -> None:
+        self._read_losses()
+        self._folder.write_checkpoint(self._checkpoint())
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            iteration=self._iteration,
+            images=self._matcher.images,
+            momentum=self._matcher.momentum_buffer,
+            seconds=self._elapsed(),
+            options=self._options.fixed(),
+            data=self._data,
+        )
+
+    def _write_results(self) -> SyntheticSet:
+        synthetic, folder = self._synthetic_set(), self._folder
+        with folder.writing():
+            synthetic.save(folder.synthetic)
+            save_grid(folder.grid, synthetic)
+            reports = [record for record in folder.read_metrics() if "loss" in record]
+            charts.save_loss(
+                folder.loss, [r["iteration"] for r in reports], [r["loss"] for r in reports]
+            )
+        return synthetic
+
+    def _synthetic_set(self) -> SyntheticSet:
+        return SyntheticSet(
+            images=self._matcher.images.to("cpu", copy=True).contiguous(),
+            labels=torch.arange(self._source.classes).repeat_interleave(self._options.ipc),
+            mean=self._source.mean,
+            std=self._source.std,
+            class_names=self._source.class_names,
+            config={**self._options.fixed(), "iterations": self._iteration},
+        )
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.perf_counter() - self._started
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Keeps what is no iteration out of the rate that is reported."""
+        start = time.perf_counter()
+        yield
+        self._reported += time.perf_counter() - start
+
+    def _print_progress(self) -> None:
+        iteration, iterations = self._iteration, self._options.iterations
+        rate = (iteration - self._begun_at) / (time.perf_counter() - self._started)
+        left = timedelta(seconds=round((iterations - iteration) / rate))
+        print(
+            f"iteration {iteration}/{iterations}: loss {self._loss:.5g}, {rate:.3g} iterations/s, "
+            f"{left} left",
+            flush=True,
+        )
+
+
+def _check_options(options: _Options, checkpoint: Checkpoint, folder: RunFolder) -> None:
+    others = {
+        name: (checkpoint.options.get(name), value)
+        for name, value in options.fixed().items()
+        if checkpoint.options.get(name) != value
+    }
+    if others:
+        words = (f"{_flag(name)} {old!r}, not {new!r}" for name, (old, new) in others.items())
+        raise InputError(
+            f"{folder.path} was begun with {'; '.join(words)}: resume it with the same, choose "
+            "another --out, or start anew with --overwrite"
+        )
+
+
+def _mention_small_classes(source: ImageData, batch_real: int) -> None:
+    sizes = source.by_class()[1].diff()
+    small = int((sizes < batch_real).sum())
+    if small:
+        smallest = int(sizes.argmin())
+        _note(
+            f"{small} of {source.classes} classes have fewer images than --batch-real "
+            f"{batch_real} (the smallest, {source.class_names[smallest]!r}, has "
+            f"{int(sizes[smallest])}): all of theirs are used in every iteration"
+        )
+
+
+def _checksum(source: ImageData) -> str:
+    checksum = 0
+    for tensor in (source.train_images, source.train_labels):
+        checksum = zlib.crc32(tensor.contiguous().numpy().data, checksum)
+    return f"{checksum:08x}"
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _note(text: str) -> None:
+    print(f"dmfast.condense: {text}", file=sys.stderr)
+
+
+class _Replaced(argparse.Action):
+    """A flag of the published script that has no counterpart: its help says what to do instead."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        parser.error(f"{option_string} has no counterpart here: {self.help}")
+
+
+_REPLACED = {
+    "--method": "leave it out, this is distribution matching",
+    "--eval_mode": "python -m dmfast.evaluate SET --model NAME tests on any network",
+    "--num_exp": "run the command once for each --seed",
+    "--num_eval": "python -m dmfast.evaluate SET --networks N",
+    "--epoch_eval_train": "python -m dmfast.evaluate SET --epochs E",
+    "--lr_net": "python -m dmfast.evaluate SET --protocol NAME fixes it",
+    "--batch_train": "python -m dmfast.evaluate SET --protocol NAME fixes it",
+    "--dis_metric": "leave it out, distribution matching has one distance",
+}
+
+
+def _number_or_word(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _parser() -> cli.Parser:
+    default = CondenseConfig
+    parser = cli.Parser(
+        "dmfast.condense",
+        "Condenses a real image set into a few images a class, by distribution matching.",
+    )
+
+    def add(*flags: str, **arguments: Any) -> None:
+        name = flags[0].removeprefix("--").replace("-", "_")
+        parser.add_argument(*flags, default=getattr(default, name), **arguments)
+
+    add("--dataset", metavar="NAME", help="a known name, a path or hf:owner/name")
+    add(
+        *("--data-root", "--data_path"),
+        metavar="DIR",
+        help="the folder that holds the data set's folder or files",
+    )
+    add("--model", metavar="NAME", help="as ConvNetD4BN (default: the preset)")
+    add("--ipc", metavar="N", type=int, help="synthetic images a class")
+    add(
+        *("--iterations", "--Iteration"),
+        metavar="N",
+        type=int,
+        help="updates of the images; the published loop makes N + 1 (default: the preset, 20000)",
+    )
+    add(
+        *("--lr-img", "--lr_img"),
+        metavar="RATE",
+        type=float,
+        help="learning rate of the images, for the summed loss (default: the preset, mostly 1)",
+    )
+    add("--momentum", metavar="SHARE", type=float, help="of the images' SGD, 0 to below 1")
+    add(
+        *("--batch-real", "--batch_real"),
+        metavar="N",
+        type=int,
+        help="real images a class and iteration (default: the preset, 256)",
+    )
+    add("--init", metavar="KIND", help=f"what the images start from: {' or '.join(INITS)}")
+    add(
+        *("--dsa-strategy", "--dsa_strategy"),
+        metavar="WORDS",
+        help=f"{', '.join(WORDS)}, joined by underscores, or none (default: the preset)",
+    )
+    add(
+        "--precision",
+        metavar="KIND",
+        help=f"of the network's passes: {', '.join(PRECISIONS)}; auto is bfloat16 on a GPU, "
+        "float32 on a CPU",
+    )
+    add("--seed", metavar="N", type=int, help="of all draws")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:N, or auto (a GPU where there is one)")
+    add(
+        *("--out", "--save_path"),
+        metavar="DIR",
+        help="the run's folder (default: runs/NAME-MODEL-ipcN-seedN)",
+    )
+    add("--resume", action="store_true", help="continue the run in the folder")
+    add("--overwrite", action="store_true", help="replace the run in the folder")
+    add("--report-every", metavar="N", type=int, help="iterations between lines of metrics.jsonl")
+    add("--checkpoint-every", metavar="N", type=int, help="iterations between checkpoints")
+    add(
+        "--evaluate-every",
+        metavar="N",
+        type=int,
+        help="iterations between trainings of one network on the set so far; 0 for none",
+    )
+    add(
+        "--classes-per-step",
+        metavar="N",
+        type=_number_or_word,
+        help="classes forwarded at once, to bound memory; auto goes by the size of the images",
+    )
+    parser.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="keep no decoded images of the data set",
+    )
+    add("--download", action="store_true", help="fetch the data set where it is not found")
+    group = parser.add_argument_group("flags of the published script that have no counterpart")
+    for flag, instead in _REPLACED.items():
+        group.add_argument(
+            flag, action=_Replaced, default=argparse.SUPPRESS, metavar="X", help=instead
+        )
+    return parser
+
+
+def _main(arguments: Sequence[str]) -> None:
+    config = CondenseConfig(**vars(_parser().parse_args(arguments)))
+    keep_freed_pages()
+    run(config)
+
+
+if __name__ == "__main__":
+    cli.main("dmfast.condense", _main)

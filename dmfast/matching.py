@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: MIT
+"""One iteration of distribution matching (Algorithm 1 of the paper), all classes at once.
+
+Everything random in an iteration is a pure function of (seed, iteration, class), and nothing in it
+waits for the device: the loss stays a tensor, and the iteration may be one too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .data import ImageData
+from .devices import autocast, memory_format
+from .errors import InputError
+from .networks import Network, has_batch_norm, initialise_
+from .ops import Stream
+
+# How many images a forward pass takes, in pixels, by device type. On a CPU, of 32 to 512 images of
+# 32x32, passes of 256 were the fastest. A GPU wants many, and has the memory for them.
+_PIXELS_PER_PASS = {"cpu": 256 * 32 * 32, "cuda": 4096 * 32 * 32}
+# The embeddings of a chunk's real images are kept until its loss is taken: 8 KB each for ConvNet.
+_PASSES_PER_CHUNK = 16
+
+
+#: What synthetic images can start from.
+INITS = ("real", "noise")
+
+
+def initial_images(data: ImageData, ipc: int, init: str, seed: int) -> Tensor:
+    """What the synthetic images start from: [K * ipc, C, H, W] float32, normalised, class by class.
+
+    Args:
+        init: ``real``: images of the class, no two the same; ``noise``: standard normal.
+
+    Raises:
+        InputError: a class has fewer real images than ``ipc``.
+    """
+    rows = data.classes * ipc
+    if init == "noise":
+        words = torch.empty(2)
+        ops.draw_weights_([words], [1.0], seed, 0, stream=Stream.INITIAL_IMAGES)
+        high, low = ((words + 1) * 2**23).long().tolist()  # 24 random bits each
+        generator = torch.Generator().manual_seed(high << 24 | low)
+        return torch.randn(rows, data.channels, *data.size, generator=generator)
+    order, class_offsets = data.by_class()
+    sizes = class_offsets.diff()
+    if ipc > sizes.min():
+        raise InputError(
+            f"--ipc {ipc}: class {data.class_names[int(sizes.argmin())]!r} of {data.name} has "
+            f"{int(sizes.min())} images to start from; ask for at most that many, or start from "
+            "--init noise"
+        )
+    offsets = torch.arange(0, rows + 1, ipc)
+    index = ops.draw_batch(
+        order, class_offsets, offsets, rows, seed, 0, stream=Stream.INITIAL_IMAGES
+    )
+    return data.normalise(data.train_images[index])
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Images to draw from: [M, H, W, C] uint8 or float32 in [0, 1], and mean and std [C]."""
+
+    images: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows of the real batch that are forwarded at once, divided by its chunk's classes."""
+
+    rows: slice
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive classes whose loss is taken at once.
+
+    ``rows`` are theirs in the real batch, ``offsets`` [classes + 1] (int64, on the device, from 0)
+    divide these by class, and ``synthetic`` are their rows in the synthetic set.
+    """
+
+    classes: slice
+    rows: slice
+    offsets: Tensor
+    synthetic: slice
+    passes: tuple[Pass, ...]
+
+
+def plan(
+    offsets: Sequence[int],
+    ipc: int,
+    size: tuple[int, int],
+    device: torch.device,
+    *,
+    classes_per_step: int | None = None,
+    whole: bool = False,
+) -> tuple[Chunk, ...]:
+    """Divides an iteration so that its memory is bounded; the sums differ by rounding only.
+
+    The division depends on the arguments alone, not on the memory that happens to be free, so that
+    a run gives the same bits each time.
+
+    Args:
+        offsets: rows ``offsets[k]`` to ``offsets[k + 1] - 1`` of the real batch are class k's.
+        ipc: synthetic images a class.
+        size: (H, W) of the images.
+        classes_per_step: classes a chunk; None: as many as fit the device's usual pass.
+        whole: everything in one chunk and one pass, as batch norm needs it.
+    """
+    classes = len(offsets) - 1
+    per_pass = max(1, _PIXELS_PER_PASS[device.type] // (size[0] * size[1]))
+    if whole:
+        classes_per_step, per_pass = classes, offsets[-1]
+    elif classes_per_step is None:
+        largest = max(end - start for start, end in itertools.pairwise(offsets))
+        classes_per_step = max(1, min(per_pass // ipc, _PASSES_PER_CHUNK * per_pass // largest))
+    chunks = []
+    for first in range(0, classes, classes_per_step):
+        last = min(first + classes_per_step, classes)
+        start, end = offsets[first], offsets[last]
+        bounds = torch.tensor(offsets[first : last + 1], device=device)
+        count = -(-(end - start) // per_pass)
+        edges = [start + (end - start) * i // count for i in range(count + 1)]
+        passes = tuple(
+            Pass(slice(a, b), bounds.clamp(a, b) - a) for a, b in itertools.pairwise(edges)
+        )
+        chunks.append(
+            Chunk(
+                slice(first, last),
+                slice(start, end),
+                bounds - start,
+                slice(first * ipc, last * ipc),
+                passes,
+            )
+        )
+    return tuple(chunks)
+
+
+def matching_gradient(
+    network: Network,
+    synthetic: Tensor,
+    real: RealImages,
+    index: Tensor,
+    params: Tensor,
+    chunks: Sequence[Chunk],
+    precision: str = "float32",
+) -> tuple[Tensor, Tensor]:
+    """The loss of equation 6 for one network and one draw, and its gradient.
+
+    Args:
+        network: in the mode in which it is to be used; its parameters need no gradient.
+        synthetic: [K * ipc, C, H, W] float32, normalised, class by class.
+        index: the real batch, [rows] int64 into ``real``, class by class.
+        params: the augmentation of each class, [K, 13] float32, for both sides.
+        chunks: the division of the classes (:func:`plan`).
+        precision: ``float32``, or ``bfloat16`` for the network's passes; the means, the loss and
+            the gradient are float32 in either case.
+
+    Returns:
+        The loss, a float32 scalar: the sum over the classes and features of the squared differences
+        of the means; and its gradient with respect to ``synthetic``, in its shape and layout.
+    """
+    gradient = torch.empty_like(synthetic)
+    loss = synthetic.new_zeros(())
+    for chunk in chunks:
+        transforms = params[chunk.classes]
+        embeddings = [
+            _embed_real(network, real, index[part.rows], transforms, part.offsets, precision)
+            for part in chunk.passes
+        ]
+        images = synthetic[chunk.synthetic].detach().requires_grad_()
+        with autocast(images.device, precision):
+            embedded = network.embed(ops.siamese_augment(images, transforms))
+        term = ops.class_mean_discrepancy(
+            torch.cat(embeddings), embedded, len(transforms), chunk.offsets
+        )
+        (gradient[chunk.synthetic],) = torch.autograd.grad(term, images)
+        loss += term.detach()
+    return loss, gradient
+
+
+def descend_(
+    images: Tensor, momentum_buffer: Tensor, gradient: Tensor, lr: float, momentum: float
+) -> None:
+    """One step along ``gradient`` in place, to the bit that of :class:`torch.optim.SGD`.
+
+    ``momentum_buffer`` is zero before the first step.
+    """
+    momentum_buffer.mul_(momentum).add_(gradient)
+    images.add_(momentum_buffer, alpha=-lr)
+
+
+@torch.no_grad()
+def _embed_real(
+    network: Network,
+    real: RealImages,
+    index: Tensor,
+    params: Tensor,
+    offsets: Tensor,
+    precision: str,
+) -> Tensor:
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    images = ops.gather_augment(real.images, index, params, real.mean, real.std, dtype, offsets)
+    if memory_format(index.device) is torch.contiguous_format:
+        # Not contiguous(): one channel is so in either layout, and would keep the strides by which
+        # convolutions take it for channels_last.
+        images = images.clone(memory_format=torch.contiguous_format)
+    with autocast(index.device, precision):
+        return network.embed(images)
+
+
+class Matcher:
+    """Synthetic images, and all that an iteration on them needs besides its number.
+
+    Attributes:
+        images: [K * ipc, C, H, W] float32, normalised, class by class: what is learned.
+        momentum_buffer: the running sum of gradients, in the shape of ``images``.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        network: Network,
+        images: Tensor,
+        *,
+        batch_real: int,
+        strategy: str,
+        seed: int,
+        lr: float,
+        momentum: float,
+        precision: str = "float32",
+        classes_per_step: int | None = None,
+        device: torch.device,
+    ) -> None:
+        """Starts from ``images`` (copied) at rest.
+
+        Args:
+            network: a network for ``data``; its weights are drawn anew in every iteration.
+            batch_real: real images a class; a class that has fewer gives all of its own.
+            strategy: words of the augmentation joined by underscores; "" for none.
+            lr: of the gradient of the summed loss.
+            precision: ``float32`` or ``bfloat16``, for the network's passes.
+            classes_per_step: see :func:`plan`; without effect under batch norm.
+        """
+        self.images = images.to(device, copy=True, memory_format=memory_format(device))
+        self.momentum_buffer = torch.zeros_like(self.images)
+        self._network = network.to(device).train().requires_grad_(False)
+        self._real = RealImages(
+            data.train_images.to(device),
+            torch.tensor(data.mean, device=device),
+            torch.tensor(data.std, device=device),
+        )
+        order, class_offsets = data.by_class()
+        offsets, self._rows = data.batch_offsets(batch_real)
+        self._chunks = plan(
+            offsets.tolist(),
+            len(images) // data.classes,
+            data.size,
+            device,
+            classes_per_step=classes_per_step,
+            whole=has_batch_norm(network),
+        )
+        self._order, self._class_offsets = order.to(device), class_offsets.to(device)
+        self._offsets = offsets.to(device)
+        self._classes, self._size = data.classes, data.size
+        self._strategy, self._seed, self._precision = strategy, seed, precision
+        self._lr, self._momentum = lr, momentum
+
+    @property
+    def real_images_per_step(self) -> int:
+        """How many real images an iteration forwards."""
+        return self._rows
+
+    def gradient(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of iteration ``step`` at the present images, and its gradient.
+
+        Args:
+            step: from 0; an int, or an int64 tensor of one element on the device.
+        """
+        initialise_(self._network, self._seed, step)
+        index = ops.draw_batch(
+            self._order,
+            self._class_offsets,
+            self._offsets,
+            self._rows,
+            self._seed,
+            step,
+            stream=Stream.REAL_BATCH,
+        )
+        params = ops.draw_augmentation(
+            self._strategy,
+            self._classes,
+            self._size,
+            self._seed,
+            step,
+            stream=Stream.AUGMENTATION,
+            device=self.images.device,
+        )
+        return matching_gradient(
+            self._network, self.images, self._real, index, params, self._chunks, self._precision
+        )
+
+    def update(self, gradient: Tensor) -> None:
+        """Moves ``images`` along ``gradient``: see :func:`descend_`."""
+        descend_(self.images, self.momentum_buffer, gradient, self._lr, self._momentum)
+
+    def step(self, step: int | Tensor) -> Tensor:
+        """Makes iteration ``step`` and gives its loss, a float32 scalar on the device."""
+        loss, gradient = self.gradient(step)
+        self.update(gradient)
+        return loss

@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: MIT
+"""Evaluation: the protocol to the step, seeds, what is written, interruption, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dmfast import InputError, data, evaluate, ops, training
+from dmfast.evaluate import EvaluateConfig, EvaluationResult, evaluate_set
+from dmfast.networks import get_network, initialise_
+from dmfast.ops import Stream
+from dmfast.synthetic import SyntheticSet
+
+MODEL = "ConvNetD1W8"
+STRATEGY = "color_crop_cutout_scale_rotate"
+# For commands in other processes: this checkout, wherever they run.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(evaluate.__file__).parents[1])}
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.ImageData:
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def small(digits: data.ImageData) -> SyntheticSet:
+    """Two real images a class, in the place of condensed ones."""
+    order, offsets = digits.by_class()
+    index = torch.cat([order[start : start + 2] for start in offsets[:-1].tolist()])
+    return SyntheticSet(
+        digits.normalise(digits.train_images[index]),
+        digits.train_labels[index],
+        mean=digits.mean,
+        std=digits.std,
+        class_names=digits.class_names,
+        config={"dataset": "digits"},
+    )
+
+
+@pytest.fixture
+def saved(small: SyntheticSet, tmp_path: Path) -> Path:
+    path = tmp_path / "synthetic.safetensors"
+    small.save(path)
+    return path
+
+
+def quick(**options: Any) -> EvaluateConfig:
+    return EvaluateConfig(**{"model": MODEL, "networks": 2, "epochs": 20} | options)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    return content
+
+
+# ---- the protocol ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["", STRATEGY])
+def test_training_follows_the_published_protocol(digits: data.ImageData, strategy: str) -> None:
+    """Against the update written out: two batches an epoch, the second one smaller."""
+    epochs, seed, index, n = 3, 5, 2, 300
+    images, labels = digits.normalise(digits.train_images[:n]), digits.train_labels[:n]
+    network = get_network(MODEL, 1, 10, (8, 8), seed=seed)
+    expected = get_network(MODEL, 1, 10, (8, 8), seed=seed)
+    training.train(
+        network, images, labels, epochs=epochs, seed=seed, index=index, strategy=strategy
+    )
+
+    whole = torch.tensor([0, n])
+    weights = list(expected.parameters())
+    learning_rate, velocity = 0.01, [torch.zeros_like(w) for w in weights]
+    for epoch in (0, 1, 2, 3):
+        order = ops.draw_batch(
+            torch.arange(n),
+            whole,
+            whole,
+            n,
+            seed,
+            epoch,
+            first_class=index,
+            stream=Stream.EVALUATION_BATCH,
+        )
+        for batch, rows in enumerate((order[:256], order[256:])):
+            x = images[rows]
+            if strategy:
+                params = ops.draw_augmentation(
+                    strategy,
+                    1,
+                    (8, 8),
+                    seed,
+                    2 * epoch + batch,
+                    rows=len(rows),
+                    first_group=index,
+                    stream=Stream.EVALUATION_AUGMENTATION,
+                )
+                x = ops.siamese_augment(x, params)
+            loss = F.cross_entropy(expected(x), labels[rows])
+            gradients = torch.autograd.grad(loss, weights)
+            with torch.no_grad():
+                for w, v, gradient in zip(weights, velocity, gradients, strict=True):
+                    v.mul_(0.9).add_(gradient + 5e-4 * w)
+                    w.sub_(learning_rate * v)
+        if epoch == 2:  # E // 2 + 1
+            learning_rate, velocity = 0.001, [torch.zeros_like(w) for w in weights]
+
+    torch.testing.assert_close(network.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_result_is_the_test_accuracy_after_the_last_epoch(
+    digits: data.ImageData, small: SyntheticSet
+) -> None:
+    result = evaluate_set(
+        small.images,
+        small.labels,
+        digits,
+        model=MODEL,
+        networks=2,
+        epochs=20,
+        seed=3,
+        strategy=STRATEGY,
+        device="cpu",
+    )
+    for index, accuracy in enumerate(result.accuracies):
+        network = get_network(MODEL, 1, 10, (8, 8), seed=0)
+        initialise_(network, 3, 0, network_index=index, stream=Stream.EVALUATION_WEIGHTS)
+        training.train(
+            network, small.images, small.labels, epochs=20, seed=3, index=index, strategy=STRATEGY
+        )
+        with torch.no_grad():
+            predicted = network.eval()(digits.normalise(digits.test_images)).argmax(1)
+        correct = (predicted == digits.test_labels).double().mean().item()
+        assert accuracy == pytest.approx(100 * correct)
+
+
+def test_networks_follow_from_the_seed_and_their_number_alone(
+    digits: data.ImageData, small: SyntheticSet
+) -> None:
+    def accuracies(networks: int, seed: int = 0, model: str = "ConvNetD1W8BN") -> tuple[float, ...]:
+        state = torch.get_rng_state()
+        result = evaluate_set(
+            small.images, small.labels, digits, model=model, networks=networks, epochs=5, seed=seed
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        return result.accuracies
+
+    three = accuracies(3)
+    assert accuracies(1) == three[:1]
+    assert accuracies(3) == three
+    assert len(set(three)) == 3
+    assert accuracies(3, seed=1) != three
+
+
+def test_epochs_are_counted_to_the_end(digits: data.ImageData, small: SyntheticSet) -> None:
+    calls: list[None] = []
+    evaluate_set(
+        small.images,
+        small.labels,
+        digits,
+        model=MODEL,
+        networks=2,
+        epochs=3,
+        on_epoch=lambda: calls.append(None),
+    )
+    assert len(calls) == 2 * (3 + 1)
+
+
+def test_bfloat16_trains_float32_weights(digits: data.ImageData, small: SyntheticSet) -> None:
+    network = get_network(MODEL, 1, 10, (8, 8), seed=0)
+    training.train(network, small.images, small.labels, epochs=1, seed=0, precision="bfloat16")
+    exact = get_network(MODEL, 1, 10, (8, 8), seed=0)
+    training.train(exact, small.images, small.labels, epochs=1, seed=0)
+    for name, weight in network.state_dict().items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, exact.state_dict()[name], rtol=0, atol=1e-3)
+    assert not torch.equal(network.classifier.weight, exact.classifier.weight)
+
+
+def test_statistics() -> None:
+    result = EvaluationResult((51.0, 52.0, 53.0), 1.0)
+    assert result.accuracy_mean == 52
+    assert result.accuracy_std == pytest.approx(math.sqrt(2 / 3))
+    # Student's t of 2 degrees of freedom: 4.303; the standard error: 1 / sqrt(3).
+    assert result.interval_95 == pytest.approx((52 - 2.484, 52 + 2.484), abs=1e-3)
+    assert EvaluationResult((51.0,), 1.0).interval_95 is None
+
+
+# ---- what a run writes -------------------------------------------------------------------------
+
+
+def test_run_writes_the_evaluation_beside_the_set(
+    digits: data.ImageData, small: SyntheticSet, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate.run(quick(set=str(saved.parent), seed=1), command="the command")
+    expected = evaluate_set(
+        small.images,
+        small.labels,
+        digits,
+        model=MODEL,
+        networks=2,
+        epochs=20,
+        seed=1,
+        strategy=STRATEGY,
+    )
+    assert result.accuracies == expected.accuracies
+    content = written(saved.parent)
+    assert content["accuracies"] == list(result.accuracies)
+    assert content["accuracy_mean"] == pytest.approx(sum(result.accuracies) / 2)
+    assert content["accuracy_std"] == pytest.approx(
+        abs(result.accuracies[0] - result.accuracies[1]) / 2
+    )
+    expected_facts = {
+        "networks": 2,
+        "dataset": "digits",
+        "images_per_class": 2,
+        "baseline": None,
+        "model": MODEL,
+        "protocol": "published",
+        "epochs": 20,
+        "augmentation": STRATEGY,  # the preset of digits: no flip
+        "seed": 1,
+        "precision": "float32",
+        "command": "the command",
+    }
+    assert {key: content[key] for key in expected_facts} == expected_facts
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["machine"]["threads"] == torch.get_num_threads()
+    assert content["seconds"] > 0
+    assert sorted(path.name for path in saved.parent.iterdir()) == [
+        "evaluation.json",
+        "synthetic.safetensors",
+    ]
+    assert f"{content['accuracy_mean']:.2f} %" in capsys.readouterr().out
+
+
+def test_any_exported_format_is_taken(small: SyntheticSet, saved: Path, tmp_path: Path) -> None:
+    """Those that do not keep mean and std are normalised as the data set is."""
+    expected = evaluate.run(quick(set=str(saved), networks=1))
+    for format, name in (("res", "res.pt"), ("mtt", "mtt")):
+        small.export(tmp_path / name, format)
+        out = str(tmp_path / f"out-{format}")
+        config = quick(set=str(tmp_path / name), dataset="digits", networks=1, out=out)
+        assert evaluate.run(config).accuracies == expected.accuracies
+
+
+def test_test_images_are_normalised_as_the_set_is(
+    digits: data.ImageData, small: SyntheticSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "set.safetensors"
+    other = replace(digits, mean=(0.1,), std=(0.7,))
+    images = (small.unit_images() - 0.1) / 0.7
+    replace(small, images=images, mean=other.mean, std=other.std).save(path)
+    result = evaluate.run(quick(set=str(path)))
+    assert "normalised as the set is" in capsys.readouterr().err
+    expected = evaluate_set(
+        images, small.labels, other, model=MODEL, networks=2, epochs=20, strategy=STRATEGY
+    )
+    assert result.accuracies == expected.accuracies
+
+
+def test_no_augmentation(
+    digits: data.ImageData, small: SyntheticSet, saved: Path, tmp_path: Path
+) -> None:
+    evaluate._main([str(saved), *["--model", "ConvNetD1W8", "--networks", "2", "--epochs", "20"]])
+    plain = ["--no-augmentation", "--out", str(tmp_path / "plain")]
+    evaluate._main(
+        [str(saved), *["--model", "ConvNetD1W8", "--networks", "2", "--epochs", "20"], *plain]
+    )
+    content = written(tmp_path / "plain")
+    assert content["augmentation"] == "none"
+    assert content["command"].endswith(" ".join(plain))
+    expected = evaluate_set(
+        small.images, small.labels, digits, model=MODEL, networks=2, epochs=20, strategy=""
+    )
+    assert content["accuracies"] == list(expected.accuracies)
+    assert content["accuracies"] != written(tmp_path)["accuracies"]
+
+
+def test_random_baseline_draws_new_images_for_each_network(
+    digits: data.ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on: list[torch.Tensor] = []
+
+    def train(network: object, images: torch.Tensor, labels: torch.Tensor, **rest: Any) -> None:
+        assert labels.bincount().tolist() == [3] * 10
+        trained_on.append(images)
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.chdir(tmp_path)
+    evaluate.run(quick(baseline="random", ipc=3))
+    evaluate.run(quick(baseline="random", ipc=3, networks=1, dsa_strategy="none"))
+    first, second, first_again = trained_on
+    real = {image.numpy().tobytes() for image in digits.normalise(digits.train_images)}
+    assert {image.numpy().tobytes() for image in first} <= real
+    assert not torch.equal(first, second)
+    assert torch.equal(first, first_again)
+    content = written(tmp_path / "runs" / "digits-random-ipc3-seed0")
+    assert "drawn anew for each network" in content["baseline"]
+    assert content["images_per_class"] == 3
+    assert (tmp_path / "runs" / "digits-random-ipc3-seed0-no-augmentation").is_dir()
+
+
+# ---- going on ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_evaluation_continues_to_the_same_result(
+    saved: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    options = {"set": str(saved), "networks": 2, "epochs": 150}
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "dmfast.evaluate", str(saved), "--model", MODEL),
+            *("--networks", "2", "--epochs", "150", "--out", str(out)),
+        ],
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("network 1 of 2")
+    time.sleep(0.05)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    if how == signal.SIGINT:
+        assert "1 of 2 networks are done" in errors
+    assert not (out / "evaluation.json").exists()
+    began = json.loads((out / "evaluation.partial.json").read_text())
+    assert len(began["accuracies"]) == 1
+
+    result = evaluate.run(quick(**options, out=str(out)))
+    whole = evaluate.run(quick(**options, out=str(tmp_path / "whole")))
+    assert result.accuracies == whole.accuracies
+    assert result.accuracies[0] == began["accuracies"][0]
+    assert not (out / "evaluation.partial.json").exists()
+
+
+def test_finished_evaluation_is_read_and_extended_but_not_repeated(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = evaluate.run(quick(set=str(saved)))
+    before = written(saved.parent)
+    with monkeypatch.context() as patch:
+        patch.delattr(training, "train")
+        assert evaluate.run(quick(set=str(saved))).accuracies == two.accuracies
+    assert written(saved.parent) == before
+    three = evaluate.run(quick(set=str(saved), networks=3))
+    assert three.accuracies[:2] == two.accuracies
+    assert written(saved.parent)["networks"] == 3
+    with pytest.raises(InputError, match="has 3 networks of this evaluation already"):
+        evaluate.run(quick(set=str(saved), networks=2))
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"epochs": 21}, r"epochs is 20, not 21"),
+        ({"seed": 9}, r"seed is 0, not 9"),
+        ({"model": "ConvNetD1W4"}, r"model is 'ConvNetD1W8', not 'ConvNetD1W4'"),
+        ({"dsa_strategy": "none"}, r"augmentation is .*, not 'none'"),
+    ],
+)
+def test_another_evaluation_in_the_folder_is_kept(
+    saved: Path, other: dict[str, Any], named: str
+) -> None:
+    evaluate.run(quick(set=str(saved), networks=1))
+    before = written(saved.parent)
+    with pytest.raises(InputError, match=f"{named}.*--out.*--overwrite"):
+        evaluate.run(quick(set=str(saved), networks=1, **other))
+    assert written(saved.parent) == before
+    result = evaluate.run(quick(set=str(saved), networks=1, overwrite=True, **other))
+    assert written(saved.parent)["accuracies"] == list(result.accuracies)
+
+
+def test_another_set_under_the_same_name_is_noticed(small: SyntheticSet, saved: Path) -> None:
+    evaluate.run(quick(set=str(saved), networks=1))
+    replace(small, images=small.images + 1e-3).save(saved)
+    with pytest.raises(InputError, match="training_images is"):
+        evaluate.run(quick(set=str(saved), networks=1))
+
+
+def test_foreign_file_is_kept(saved: Path) -> None:
+    (saved.parent / "evaluation.json").write_text("[]")
+    with pytest.raises(InputError, match="no evaluation of this program"):
+        evaluate.run(quick(set=str(saved)))
+    assert (saved.parent / "evaluation.json").read_text() == "[]"
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "nothing to evaluate.*--baseline random"),
+        ({"set": "x", "baseline": "random", "ipc": 1}, "exclude each other"),
+        ({"set": "x", "ipc": 1}, "--ipc goes with --baseline"),
+        ({"baseline": "random"}, "needs --ipc"),
+        ({"baseline": "random", "ipc": 0}, "needs --ipc of 1 or more, got 0"),
+        ({"baseline": "random", "ipc": 141}, "class '8' of digits has 140 images"),
+        ({"baseline": "best", "ipc": 1}, "--baseline: unknown value 'best'; choose from random"),
+        ({"set": "x", "networks": 0}, "--networks must be 1 or more, got 0"),
+        ({"set": "x", "epochs": -1}, "--epochs must be 0 or more, got -1"),
+        ({"set": "x", "seed": -1}, "--seed must be from 0"),
+        ({"set": "x", "seed": 2**63}, "--seed must be from 0"),
+        ({"set": "x", "protocol": "new"}, "--protocol: unknown value 'new'; .* published"),
+        ({"set": "not/there"}, "not/there: no such file"),
+        ({"baseline": "random", "ipc": 1, "model": "ConvNe"}, "unknown model 'ConvNe'"),
+        ({"baseline": "random", "ipc": 1, "model": "ConvNetD4"}, "too small for depth 4"),
+        ({"baseline": "random", "ipc": 1, "dsa_strategy": "blur"}, "unknown transform 'blur'"),
+        ({"baseline": "random", "ipc": 1, "precision": "int8"}, "--precision.*'int8'"),
+        ({"baseline": "random", "ipc": 1, "device": "tpu"}, "unknown device 'tpu'"),
+        ({"baseline": "random", "ipc": 1, "dataset": "nodata"}, "'nodata' is neither"),
+    ],
+)
+def test_wrong_options(
+    options: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=named) as error:
+        evaluate.run(quick(**options))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"images": torch.zeros(20, 1, 9, 8)}, "images of 9x8 pixels and 1 channel, digits of 8x8"),
+        (
+            {"images": torch.zeros(20, 3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3},
+            "3 channels, digits of 8x8 pixels and 1 channel",
+        ),
+        ({"class_names": (), "labels": torch.arange(20) % 5}, "has 5 classes, digits has 10"),
+        ({"class_names": tuple("1023456789")}, "numbers the classes of digits in another order"),
+        ({"soft_labels": torch.full((20, 10), 0.1)}, "has soft labels"),
+        ({"zca": True}, "ZCA-whitened"),
+        ({"factor": 2}, "images that hold 2x2 others"),
+        ({"config": {}}, "give --dataset"),
+    ],
+)
+def test_sets_that_do_not_fit(
+    small: SyntheticSet, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    path = tmp_path / "set.safetensors"
+    replace(small, **changes).save(path)
+    with pytest.raises(InputError, match=named) as error:
+        evaluate.run(quick(set=str(path)))
+    assert str(path) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["set.safetensors"]
+
+
+def test_out_that_is_a_file(saved: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be written.*another --out"):
+        evaluate.run(quick(set=str(saved), out=str(saved)))
+
+
+def test_wrong_option_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "dmfast.evaluate", "--baseline", "random", "--ipc", "0"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "python -m dmfast.evaluate: error: --baseline random needs --ipc of 1 or more, got 0"
+    ]
+    assert not list(tmp_path.iterdir())
