@@ -36,6 +36,12 @@ except ModuleNotFoundError as error:
         "pip install --no-build-isolation ."
     ) from None
 
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    raise SystemExit(
+        f"dmfast: torch 2.11 or later is needed, this is {torch.__version__}; upgrade it first "
+        "(pip install 'torch>=2.11'), then build with: pip install --no-build-isolation ."
+    )
+
 ROOT = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
@@ -101,18 +107,17 @@ class NinjaBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(self.rules(output))
+        (build / "build.ninja").write_text(self.rules(ext, output))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), *jobs]
         if subprocess.run(command).returncode:
             raise SystemExit("dmfast: the extension did not build; the compiler's words are above")
 
-    def rules(self, output: Path) -> str:
-        cuda_sources = sorted((ROOT / "csrc").glob("*.cu")) if self.cuda else []
-        sources = [*sorted((ROOT / "csrc").glob("*.cpp")), *cuda_sources]
+    def rules(self, ext: Extension, output: Path) -> str:
+        cuda_sources = [source for source in ext.depends if self.cuda and source.endswith(".cu")]
         print(
-            f"dmfast: torch {torch.__version__}, "
-            + (f"CUDA operators with {self.cuda}" if self.cuda else "no CUDA operators"),
+            f"dmfast: torch {torch.__version__}, {len(ext.sources)} C++ sources, "
+            f"{len(cuda_sources)} CUDA sources (toolkit: {self.cuda or 'none'})",
             flush=True,
         )
         includes = f"-isystem {TORCH / 'include'} -isystem {sysconfig.get_paths()['include']}"
@@ -136,7 +141,7 @@ class NinjaBuild(build_ext):
             f"  command = $cxx -shared $in -o $out {link}",
         ]
         objects = []
-        for source in sources:
+        for source in (ROOT / name for name in (*ext.sources, *cuda_sources)):
             objects.append(f"{source.name}.o")
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             lines.append(f"build {source.name}.o: {rule} {escape(source)}")
@@ -150,8 +155,18 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
 
+def sources(*patterns: str) -> list[str]:
+    paths = (path for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+
 setup(
-    ext_modules=[Extension("dmfast._C", [], py_limited_api=True)],
+    # `depends` puts the headers and CUDA sources into a source distribution.
+    ext_modules=[
+        Extension(
+            "dmfast._C", sources("*.cpp"), depends=sources("*.h", "*.cu"), py_limited_api=True
+        )
+    ],
     cmdclass={"build_ext": NinjaBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,12 @@ def setup(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.C
 
 def project_copy(folder: Path) -> Path:
     """What a build needs, with an operator-free source so that compiling takes no time."""
+    folder.mkdir(exist_ok=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "dmfast", folder / "dmfast", ignore=shutil.ignore_patterns("*.so"))
     (folder / "csrc").mkdir()
+    (folder / "csrc" / "empty.h").touch()
     (folder / "csrc" / "empty.cpp").write_text("int dmfast_empty() { return 0; }\n")
     return folder
 
@@ -67,6 +70,13 @@ def test_a_missing_nvcc_is_one_line(tmp_path: Path) -> None:
     assert "DMFAST_CUDA=1 but nvcc was not found" in done.stderr.splitlines()[-1]
 
 
+def test_an_old_torch_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("__version__ = '2.9.1+cpu'\n")
+    done = setup("--version", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert re.fullmatch(r"dmfast: torch 2\.11 or later is needed.*2\.9\.1.*\n", done.stderr)
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -92,7 +102,7 @@ def test_cuda_sources_are_compiled_and_linked_where_nvcc_is(tmp_path: Path) -> N
         "build_ext", "--inplace", cwd=folder, DMFAST_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0a+PTX"
     )
     assert done.returncode == 0, done.stderr
-    assert "CUDA operators with" in done.stdout
+    assert "1 CUDA sources" in done.stdout
     objects = list(folder.glob("build/*/probe.cu.o"))
     assert len(objects) == 1
     cubins = objects[0].read_bytes()
@@ -145,3 +155,12 @@ def test_the_wheel_is_tagged_for_every_python(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "wheels").iterdir()
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name.endswith(f"-cp310-abi3-{platform}.whl")
+
+
+def test_a_source_distribution_has_all_that_a_build_needs(tmp_path: Path) -> None:
+    done = setup("sdist", "-d", str(tmp_path), "--formats", "tar", cwd=project_copy(tmp_path / "p"))
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {"setup.py", "pyproject.toml", "csrc/empty.cpp", "csrc/empty.h", "LICENSE"} <= names
