@@ -76,13 +76,30 @@ DMFAST_HD void draw_row(const Draw& draw, uint32_t group, uint32_t row, unsigned
 
 // ---- Batches without replacement ---------------------------------------------------------------
 
-// A keyed permutation of 0 .. n-1 in constant memory: a Feistel network on the next power of two,
-// walked until it falls below n again (at most two steps on average, for n >= 8). Eight rounds
-// with a 32-bit mixer; the round keys are counter elements 0 and 1 of the class.
+// A keyed permutation of 0 .. n-1 in constant memory.
+//
+// Up to 64 elements are shuffled (Fisher and Yates; Durstenfeld's form): element i changes places
+// with one from i on, by word i % 4 of counter element i / 4 of the class. More go through a
+// Feistel network on the next power of two, walked until it falls below n again (twice on average
+// at most): eight rounds of a 32-bit mixer, whose keys are counter elements 0 and 1. On fewer than
+// 64 elements the network's halves would be so narrow that some orders come measurably more often
+// than others.
 class Permutation {
  public:
   DMFAST_HD Permutation(const Draw& draw, uint32_t group, uint32_t n) : n_(n) {
-    int bits = 4;  // fewer leave halves too narrow to mix
+    if (n <= kShuffled) {
+      for (uint32_t i = 0; i < n; ++i) shuffled_[i] = static_cast<uint8_t>(i);
+      Words words;
+      for (uint32_t i = 0; i < n; ++i) {
+        if (i % 4 == 0) words = draw_words(draw, group, i / 4);
+        const uint32_t other = i + below(words.word[i % 4], n - i);
+        const uint8_t value = shuffled_[i];
+        shuffled_[i] = shuffled_[other];
+        shuffled_[other] = value;
+      }
+      return;
+    }
+    int bits = 7;
     while (bits < 32 && (uint64_t{1} << bits) < n) ++bits;
     low_bits_ = bits / 2;
     high_bits_ = bits - low_bits_;
@@ -94,6 +111,7 @@ class Permutation {
 
   // The image of i, 0 <= i < n.
   DMFAST_HD uint32_t operator()(uint32_t i) const {
+    if (n_ <= kShuffled) return shuffled_[i];
     do i = network(i);
     while (i >= n_);
     return i;
@@ -117,7 +135,10 @@ class Permutation {
     return high << low_bits_ | low;
   }
 
+  static constexpr uint32_t kShuffled = 64;
+
   uint32_t n_;
+  uint8_t shuffled_[kShuffled];
   int low_bits_, high_bits_;
   uint32_t key_[8];
 };

@@ -219,10 +219,19 @@ def _mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def permute(i: int, n: int, keys: Sequence[int]) -> int:
-    """The image of i under the keyed permutation of 0 .. n - 1: a Feistel network on the next power
-    of two (16 at least), walked until it falls below n."""
-    bits = max(4, (n - 1).bit_length())
+def _shuffle(n: int, seed: int, step: int | Tensor, stream: int, group: int) -> list[int]:
+    """0 .. n - 1 in the order of Durstenfeld's shuffle, a word an element."""
+    order = list(range(n))
+    for i in range(n):
+        word = _words(seed, step, stream, group, i // 4)[i % 4]
+        other = i + _below(word, n - i)
+        order[i], order[other] = order[other], order[i]
+    return order
+
+
+def _network(i: int, n: int, keys: Sequence[int]) -> int:
+    """The image of i under a Feistel network on the next power of two, walked until below n."""
+    bits = (n - 1).bit_length()
     low_bits = bits // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << bits - low_bits) - 1
     while True:
@@ -251,13 +260,13 @@ def draw_batch(
     index = []
     for k in range(len(starts) - 1):
         images = order[starts[k] : starts[k + 1]].tolist()
-        keys = [
-            word
-            for block in range(2)
-            for word in _words(seed, step, stream, first_class + k, block)
-        ]
-        count = batch[k + 1] - batch[k]
-        index += [images[permute(j, len(images), keys)] for j in range(count)]
+        count, group = batch[k + 1] - batch[k], first_class + k
+        if len(images) <= 64:
+            picks = _shuffle(len(images), seed, step, stream, group)[:count]
+        else:
+            keys = [w for block in range(2) for w in _words(seed, step, stream, group, block)]
+            picks = [_network(j, len(images), keys) for j in range(count)]
+        index += [images[pick] for pick in picks]
     assert len(index) == rows
     return torch.tensor(index, dtype=torch.int64)
 

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import collections
-import itertools
+import math
 
 import pytest
 import torch
@@ -192,7 +191,7 @@ def draw_of_one_class(size: int, count: int, *, seed: int = 0, step: int = 0) ->
 
 def test_draw_batch_matches_reference() -> None:
     order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
-    class_offsets = torch.tensor([0, 1, 18, 18, 400])
+    class_offsets = torch.tensor([0, 1, 18, 18, 400])  # of 1, 17, 0 and 382 images
     offsets = torch.tensor([0, 1, 9, 9, 209])
     arguments = (order, class_offsets, offsets, 209, 2**40 + 9, 77)
     drawn = ops.draw_batch(*arguments, first_class=3, stream=1)
@@ -212,7 +211,7 @@ def test_draw_batch_does_not_depend_on_the_split() -> None:
     assert torch.equal(last[:3], shorter)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 255, 256, 257, 5000])
+@pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 63, 64, 65, 128, 255, 256, 257, 5000])
 def test_draw_batch_is_a_permutation(size: int) -> None:
     for step in range(3):
         drawn = draw_of_one_class(size, size, step=step)
@@ -221,18 +220,45 @@ def test_draw_batch_is_a_permutation(size: int) -> None:
         assert not torch.equal(drawn, draw_of_one_class(size, size, step=0))
 
 
-@pytest.mark.parametrize("size", [3, 5, 17])
+def chi_squared(counts: torch.Tensor) -> float:
+    """How many standard deviations the counts are off those of equally likely outcomes."""
+    expected = counts.sum() / counts.numel()
+    freedom = counts.numel() - 1
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return ((statistic - freedom) / (2 * freedom) ** 0.5).item()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 17, 33, 64, 65, 100, 200])
 def test_draw_batch_is_fair(size: int) -> None:
-    """Ordered pairs of the first two rows: all equally frequent (chi-squared, 5 deviations)."""
-    draws = 4000
-    counts = collections.Counter(
-        tuple(draw_of_one_class(size, 2, step=step).tolist()) for step in range(draws)
+    """The first two of a class: each ordered pair as often as another, over 400,000 classes."""
+    classes = 400_000
+    starts = torch.arange(classes + 1)
+    pairs = ops.draw_batch(
+        torch.arange(size).repeat(classes),
+        starts * size,
+        starts * 2,
+        classes * 2,
+        0,
+        0,
+        stream=Stream.REAL_BATCH,
+    ).view(classes, 2)
+    counts = torch.bincount(pairs[:, 0] * size + pairs[:, 1], minlength=size * size)
+    counts = counts.view(size, size).double()
+    assert counts.diagonal().sum() == 0
+    assert chi_squared(counts[~torch.eye(size, dtype=torch.bool)]) < 5
+    assert chi_squared(counts.sum(1)) < 5
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_every_order_of_a_small_class_is_as_likely(size: int) -> None:
+    classes = 200_000
+    starts = torch.arange(classes + 1) * size
+    drawn = ops.draw_batch(
+        torch.arange(size).repeat(classes), starts, starts, classes * size, 1, 0, stream=1
     )
-    pairs = list(itertools.permutations(range(size), 2))
-    expected = draws / len(pairs)
-    statistic = sum((counts[pair] - expected) ** 2 / expected for pair in pairs)
-    freedom = len(pairs) - 1
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+    _, counts = drawn.view(classes, size).unique(dim=0, return_counts=True)
+    assert len(counts) == math.factorial(size)
+    assert chi_squared(counts.double()) < 5
 
 
 @pytest.mark.parametrize(
