@@ -1,44 +1,47 @@
 # `make demo` and `make test` do all the set-up. The interpreter is PYTHON= if given, else that of
-# the active environment; where it has torch it is used as it is, else a .venv is made from it, with
-# TORCH= in it.
+# the active environment; where it has torch 2.11 or later it is used as it is, else a .venv is made
+# from it, with TORCH= in it.
 TORCH ?= torch==2.13.0
 
 CHOSEN := $(or $(PYTHON),$(if $(VIRTUAL_ENV)$(CONDA_PREFIX),python,python3))
-HAS_TORCH := $(shell $(CHOSEN) -c 'import importlib.util as u; print(u.find_spec("torch") and 1 or "")')
-PY := $(if $(HAS_TORCH),$(shell $(CHOSEN) -c 'import sys; print(sys.executable)'),.venv/bin/python)
-# What is installed where, so that the second run installs nothing.
-STAMP := build/installed-$(shell echo $(PY) | cksum | cut -d' ' -f1)
+NEW_ENOUGH = tuple(map(int, version("torch").split(".")[:2])) >= (2, 11)
+FIND = import sys; from importlib.metadata import version; print(sys.executable if $(NEW_ENOUGH) else "")
+ACTIVE := $(shell "$(CHOSEN)" -c '$(FIND)' 2>/dev/null)
+PY := $(or $(ACTIVE),.venv/bin/python)
+# What was installed, so that the second run installs nothing.
+checksum = $(shell echo "$(1)" | cksum | cut -d' ' -f1)
+STAMP := $(if $(ACTIVE),build/installed-$(call checksum,$(ACTIVE)),.venv/installed-$(call checksum,$(TORCH)))
 
 .PHONY: demo test build lint format clean
 
 demo: build
-	$(PY) -m dmfast.demo
+	"$(PY)" -m dmfast.demo
 
 test: build
-	$(PY) -m pytest -q tests
+	"$(PY)" -m pytest -q tests
 
 # Takes seconds where nothing has changed: ninja compiles what is newer than its object.
 build: $(STAMP)
-	$(PY) setup.py -q build_ext --inplace
+	"$(PY)" setup.py -q build_ext --inplace
 
 $(STAMP): pyproject.toml
-	$(if $(HAS_TORCH),,test -x $(PY) || $(CHOSEN) -m venv .venv)
-	$(if $(HAS_TORCH),,$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q $(TORCH))
-	$(PY) -m pip install -q 'setuptools>=77' ninja
-	$(PY) -m pip install -q --no-build-isolation -e '.[test]'
+	$(if $(ACTIVE),,test -x $(PY) || "$(CHOSEN)" -m venv .venv)
+	$(if $(ACTIVE),,$(PY) -m pip install -q $(TORCH))
+	"$(PY)" -m pip install -q 'setuptools>=77' ninja
+	"$(PY)" -m pip install -q --no-build-isolation -e '.[test]'
 	mkdir -p build && touch $@
 
 lint: $(STAMP)-dev
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(PY) -m mypy
-	$(dir $(PY))clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
+	"$(PY)" -m mypy
+	"$(dir $(PY))clang-format" --dry-run --Werror csrc/*.cpp csrc/*.h
 
 format: $(STAMP)-dev
-	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
-	$(dir $(PY))clang-format -i csrc/*.cpp csrc/*.h
+	"$(PY)" -m ruff check --fix . && "$(PY)" -m ruff format .
+	"$(dir $(PY))clang-format" -i csrc/*.cpp csrc/*.h
 
 $(STAMP)-dev: $(STAMP)
-	$(PY) -m pip install -q --no-build-isolation -e '.[dev]'
+	"$(PY)" -m pip install -q --no-build-isolation -e '.[dev]'
 	touch $@
 
 clean:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -120,10 +121,16 @@ class NinjaBuild(build_ext):
             f"{len(cuda_sources)} CUDA sources (toolkit: {self.cuda or 'none'})",
             flush=True,
         )
-        includes = f"-isystem {TORCH / 'include'} -isystem {sysconfig.get_paths()['include']}"
-        link = f"-L{TORCH / 'lib'} -ltorch_cpu"
+        include, library, nvcc = (
+            in_command(path) for path in (TORCH / "include", TORCH / "lib", f"{self.cuda}/bin/nvcc")
+        )
+        python_include = in_command(sysconfig.get_paths()["include"])
+        includes = f"-isystem {include} -isystem {python_include}"
+        link = f"-L{library} -ltorch_cpu"
         if cuda_sources:
-            link += f" -L{self.cuda}/lib64 -L{self.cuda}/lib -lcudart_static -lrt -ldl -lpthread"
+            folders = (in_command(f"{self.cuda}/{name}") for name in ("lib64", "lib"))
+            link += "".join(f" -L{folder}" for folder in folders)
+            link += " -lcudart_static -lrt -ldl -lpthread"
         if sys.platform == "darwin":
             link += " -undefined dynamic_lookup"
         lines = [
@@ -133,8 +140,7 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
-            f"  command = {self.cuda}/bin/nvcc {NVCC_FLAGS} $flags {arch_flags()} "
-            "-MD -MF $out.d -c $in -o $out",
+            f"  command = {nvcc} {NVCC_FLAGS} $flags {arch_flags()} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
@@ -149,6 +155,11 @@ class NinjaBuild(build_ext):
                 lines.append("  flags = --fmad=false")
         lines.append(f"build {escape(output)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
+
+
+def in_command(path: Path | str) -> str:
+    """A path as the shell takes it, in a ninja file."""
+    return shlex.quote(str(path)).replace("$", "$$")
 
 
 def escape(path: Path) -> str:

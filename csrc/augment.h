@@ -189,7 +189,9 @@ struct Warp {
     for (int64_t py = y0 < 0 ? 0 : y0; py <= y0 + 1 && py < height; ++py) {
       const acc_t weight_y = tent(sy - acc_t(py));
       for (int64_t px = x0 < 0 ? 0 : x0; px <= x0 + 1 && px < width; ++px) {
-        visit(py * width + px, weight_y * tent(sx - acc_t(px)));
+        // Without weight a pixel is no part of the sum, even where it is infinite.
+        const acc_t weight = weight_y * tent(sx - acc_t(px));
+        if (weight > acc_t(0)) visit(py * width + px, weight);
       }
     }
   }

@@ -82,6 +82,15 @@ inline DType floating_dtype(const char* op, const char* argument, ScalarType typ
   return DType::kFloat32;
 }
 
+// Written to in place, so no element may be another as well.
+inline void check_no_overlap(const char* op, const char* argument, int64_t number,
+                             const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    check(tensor.size(i) < 2 || tensor.stride(i) != 0, op, ": ", argument, " ", number,
+          " must not be expanded: its elements share memory; clone it first");
+  }
+}
+
 // Groups of rows: rows offsets[g] to offsets[g + 1] - 1 belong to group g; without offsets the rows
 // are split evenly.
 struct Groups {

@@ -100,18 +100,21 @@ std::tuple<Tensor, Tensor> class_mean_discrepancy_cpu(const Tensor& real, const 
   check(real.size(1) == syn.size(1), op, ": real and syn must have as many features, got ",
         real.size(1), " and ", syn.size(1));
   check_same_device(op, "syn", syn, "real", real);
-  for (int64_t k = 0; k < classes; ++k) {
+  // Without offsets the classes are alike: one stands for all.
+  const int64_t distinct = real_offsets || syn_offsets ? classes : std::min<int64_t>(classes, 1);
+  for (int64_t k = 0; k < distinct; ++k) {
     check((real_groups.first(k + 1) > real_groups.first(k)) ==
               (syn_groups.first(k + 1) > syn_groups.first(k)),
           op, ": class ", k, " has rows on one side only");
   }
-  Tensor difference = class_means(op, "real", real, real_groups);
-  Tensor syn_means = class_means(op, "syn", syn, syn_groups);
-  const bool doubles = difference.scalar_type() == ScalarType::Double ||
-                       syn_means.scalar_type() == ScalarType::Double;
-  const ScalarType acc_type = doubles ? ScalarType::Double : ScalarType::Float;
-  difference = torch::stable::to(difference, acc_type);
-  syn_means = torch::stable::to(syn_means, acc_type);
+  const bool doubles =
+      real.scalar_type() == ScalarType::Double || syn.scalar_type() == ScalarType::Double;
+  // A side of another type is converted first, so that both are accumulated in float64.
+  const auto side = [&](const Tensor& rows) {
+    return doubles ? torch::stable::to(rows, ScalarType::Double) : rows;
+  };
+  const Tensor difference = class_means(op, "real", side(real), real_groups);
+  const Tensor syn_means = class_means(op, "syn", side(syn), syn_groups);
   Tensor loss = torch::stable::new_empty(difference, {});
   const DType dtype = doubles ? DType::kFloat64 : DType::kFloat32;
   const int64_t width = real.size(1);
@@ -121,7 +124,7 @@ std::tuple<Tensor, Tensor> class_mean_discrepancy_cpu(const Tensor& real, const 
     const acc_t* others = reinterpret_cast<const acc_t*>(const_bytes(syn_means));
     for (int64_t i = 0; i < classes * width; ++i) values[i] -= others[i];
   });
-  sum_of_squares(const_bytes(difference), dtype, classes, width, bytes(loss));
+  sum_of_squares(const_bytes(difference), dtype, width > 0 ? classes : 0, width, bytes(loss));
   return {loss, difference};
 }
 

@@ -23,7 +23,12 @@ AugmentationRanges ranges(const char* op, const std::vector<double>& strength, i
   check(strength.size() == 8, op, ": strength must have 8 elements, got ", strength.size());
   check(height >= 0 && width >= 0 && height <= 1 << 24 && width <= 1 << 24, op,
         ": size must be from 0 to 2^24 pixels, got ", height, " x ", width);
+  for (const double value : strength) {
+    check(value >= 0 && value <= 1e6, op, ": strength must be from 0 to 1e6, got ", value);
+  }
   const double crop = strength[3], cutout = strength[4], scale = strength[6];
+  check(crop <= 1 && cutout <= 1 && scale >= 1, op,
+        ": strength must have crop and cutout of at most 1 and a scale of at least 1");
   const auto fraction = [](double ratio, int64_t size) {
     return static_cast<int>(static_cast<double>(size) * ratio + 0.5);
   };
@@ -152,11 +157,12 @@ void draw_weights_cpu(std::vector<Tensor> tensors, std::vector<double> bounds, i
   int64_t first_block = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const Tensor& tensor = tensors[t];
-    check(std::isfinite(bounds[t]) && bounds[t] >= 0, op,
-          ": bounds must be finite and 0 or more, got ", bounds[t], " at position ", t);
+    check(bounds[t] >= 0 && std::isfinite(static_cast<float>(bounds[t])), op,
+          ": bounds must be finite in float32 and 0 or more, got ", bounds[t], " at position ", t);
     check(!networks || (tensor.dim() >= 1 && tensor.size(0) == count), op, ": tensor ", t,
           " must have ", count, " networks on its leading axis, got shape ", shape(tensor));
     const DType dtype = floating_dtype(op, "tensors", tensor.scalar_type());
+    check_no_overlap(op, "tensor", static_cast<int64_t>(t), tensor);
     const int64_t elements = count > 0 ? tensor.numel() / count : 0;
     const int64_t blocks = (elements + 3) / 4;
     check(first_block + blocks <= UINT32_MAX, op, ": a network must have fewer than 2^34 weights");

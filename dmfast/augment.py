@@ -7,7 +7,6 @@ the transforms that may be applied (differentiable Siamese augmentation, Zhao an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from enum import IntEnum
 from types import MappingProxyType
@@ -109,8 +108,8 @@ def full_strength(strength: Mapping[str, float] | None) -> dict[str, float]:
             )
         values[name] = float(value)
     for name, value in values.items():
-        if not math.isfinite(value) or value < 0:
-            raise InputError(f"augmentation strength {name} must be 0 or more, got {value}")
+        if not 0 <= value <= 1e6:
+            raise InputError(f"augmentation strength {name} must be from 0 to 1e6, got {value}")
     for name in ("ratio_crop_pad", "ratio_cutout", "prob_flip"):
         if values[name] > 1:
             raise InputError(f"augmentation strength {name} must be at most 1, got {values[name]}")

@@ -69,6 +69,7 @@ def DiffAugment(
 
     Raises:
         InputError: the strategy holds an unknown word.
+        ValueError: ``x`` is no batch of images, or ``aug_mode`` is neither S nor M.
         RuntimeError: a CUDA graph is being captured: the parameters are drawn on the host, so every
             replay would repeat them. Use :func:`dmfast.ops.draw_augmentation` there.
     """
@@ -77,7 +78,13 @@ def DiffAugment(
             "DiffAugment draws on the host and cannot be captured in a CUDA graph; use "
             "dmfast.ops.draw_augmentation with a step tensor, and dmfast.ops.siamese_augment"
         )
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"DiffAugment: x must be floats [N, C, H, W], got {x.dtype} {list(x.shape)}"
+        )
     param = param or ParamDiffAug()
+    if param.aug_mode not in ("S", "M"):
+        raise ValueError(f"DiffAugment: aug_mode must be 'S' or 'M', got {param.aug_mode!r}")
     param.Siamese = seed != -1
     param.latestseed = seed
     for params in _published_rows(parse_strategy(strategy), x, param):
@@ -96,7 +103,11 @@ def _published_rows(words: tuple[str, ...], x: Tensor, param: ParamDiffAug) -> l
     for word in words:
         code = WORDS.index(word)
         if code <= last:  # a row is applied in the order of its columns: another order, another row
-            tables.append(torch.tensor(IDENTITY).repeat(1 if param.Siamese else x.shape[0], 1))
+            tables.append(
+                torch.tensor(IDENTITY, dtype=torch.float32).repeat(
+                    1 if param.Siamese else x.shape[0], 1
+                )
+            )
         _fill(tables[-1], word, x, param)
         last = code
     return tables

@@ -18,7 +18,7 @@ from . import ops
 from .data import ImageData
 from .devices import autocast, memory_format
 from .errors import InputError
-from .networks import Network, has_batch_norm, initialise_
+from .networks import Network, initialise_
 from .ops import Stream
 
 # How many images a forward pass takes, in pixels, by device type. On a CPU, of 32 to 512 images of
@@ -43,11 +43,12 @@ def initial_images(data: ImageData, ipc: int, init: str, seed: int) -> Tensor:
     """
     rows = data.classes * ipc
     if init == "noise":
-        words = torch.empty(2)
+        words = torch.empty(2, dtype=torch.float32)
         ops.draw_weights_([words], [1.0], seed, 0, stream=Stream.INITIAL_IMAGES)
         high, low = ((words + 1) * 2**23).long().tolist()  # 24 random bits each
         generator = torch.Generator().manual_seed(high << 24 | low)
-        return torch.randn(rows, data.channels, *data.size, generator=generator)
+        shape = (rows, data.channels, *data.size)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
     order, class_offsets = data.by_class()
     sizes = class_offsets.diff()
     if ipc > sizes.min():
@@ -256,8 +257,8 @@ class Matcher:
         self._network = network.to(device).train().requires_grad_(False)
         self._real = RealImages(
             data.train_images.to(device),
-            torch.tensor(data.mean, device=device),
-            torch.tensor(data.std, device=device),
+            torch.tensor(data.mean, dtype=torch.float32, device=device),
+            torch.tensor(data.std, dtype=torch.float32, device=device),
         )
         order, class_offsets = data.by_class()
         offsets, self._rows = data.batch_offsets(batch_real)

@@ -20,6 +20,8 @@ _CONVNET = re.compile(
     r"ConvNet(?:D([1-9]\d*))?(?:W([1-9]\d*))?(?:A(Swish|S|R|L))?([NBLIG]N)?([NMA]P)?"
 )
 
+_MAX_DEPTH, _MAX_WIDTH = 64, 8192  # beyond anything in use, within any memory
+
 
 class Network(nn.Module):
     """A classifier of images [N, C, H, W]: a linear layer on an embedding."""
@@ -46,8 +48,8 @@ class ConvNet(Network):
     28x28 becomes 32x32; odd sides lose a row or column in pooling.
 
     Raises:
-        InputError: where pooling leaves nothing of the images, or a width does not split into
-            the 4 groups of ``GN``.
+        InputError: where pooling leaves nothing of the images, depth or width is beyond reason, or
+            a width does not split into the 4 groups of ``GN``.
     """
 
     def __init__(
@@ -63,6 +65,11 @@ class ConvNet(Network):
         pool: str = "AP",
     ) -> None:
         super().__init__()
+        if depth > _MAX_DEPTH or width > _MAX_WIDTH:
+            raise InputError(
+                f"a ConvNet has a depth of at most {_MAX_DEPTH} and a width of at most "
+                f"{_MAX_WIDTH}, got D{depth} and W{width}"
+            )
         if norm == "GN" and width % 4:
             raise InputError(f"GN needs a width that is a multiple of 4, got W{width}")
         layers: list[nn.Module] = []
@@ -122,7 +129,7 @@ def get_network(
             activation=activation or "R",
             norm=norm or "IN",
             pool=pool or "AP",
-        )
+        ).float()
     if seed is not None:
         network.to_empty(device="cpu")
         initialise_(network, seed, 0)

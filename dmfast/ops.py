@@ -10,10 +10,14 @@ What is drawn is a pure function of ``(seed, step, stream, group)`` through Phil
 stands in ``csrc/philox.h``), never of a generator's state. ``seed`` is from 0 to 2**63 - 1;
 ``step`` is an int from 0 to 2**32 - 1, or an int64 tensor of one element that is read when the
 operator runs; ``stream`` is the purpose.
+
+Derivatives are those of reverse mode (``backward``, ``torch.autograd.grad``); forward mode
+(``torch.func.jvp``) and ``torch.func`` transforms are not supported.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
@@ -73,7 +77,7 @@ def siamese_augment(x: Tensor, params: Tensor, offsets: Tensor | None = None) ->
 
     Equivalent to :func:`dmfast.reference.siamese_augment`.
     """
-    _check_device("siamese_augment", x)
+    _check_devices("siamese_augment", x=x, params=params, offsets=offsets)
     if params.requires_grad:
         raise ValueError("siamese_augment: params must not require a gradient; detach them")
     out: Tensor = _ops.siamese_augment(x, params, offsets)
@@ -165,7 +169,15 @@ def gather_augment(
 
     Equivalent to :func:`dmfast.reference.gather_augment`.
     """
-    _check_device("gather_augment", images)
+    _check_devices(
+        "gather_augment",
+        images=images,
+        index=index,
+        params=params,
+        mean=mean,
+        std=std,
+        offsets=offsets,
+    )
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "gather_augment: images must not require a gradient, there is none; use siamese_augment"
@@ -219,7 +231,13 @@ def class_mean_discrepancy(
 
     Equivalent to :func:`dmfast.reference.class_mean_discrepancy`.
     """
-    _check_device("class_mean_discrepancy", real)
+    _check_devices(
+        "class_mean_discrepancy",
+        real=real,
+        syn=syn,
+        real_offsets=real_offsets,
+        syn_offsets=syn_offsets,
+    )
     loss: Tensor = _ops.class_mean_discrepancy(real, syn, classes, real_offsets, syn_offsets)[0]
     return loss
 
@@ -344,7 +362,8 @@ def draw_augmentation(
         [G * R, 13] float32, for :func:`siamese_augment` and :func:`gather_augment`.
 
     Raises:
-        InputError: the strategy, a strength or the mode is unknown or out of range.
+        InputError: the strategy or a strength is unknown or out of range.
+        ValueError: the mode is unknown, or the strategy's order is not the table's in mode ``all``.
     """
     words = parse_strategy(strategy)
     if mode not in ("single", "all"):
@@ -355,19 +374,21 @@ def draw_augmentation(
             f"draw_augmentation: mode 'all' applies transforms in the order {'_'.join(WORDS)}, got "
             f"{strategy!r}; draw and apply them one after another for another order"
         )
-    values = full_strength(strength)
-    number, tensor = _split_step(step)
-    if device is None and tensor is not None:
-        device = tensor.device
-    params = torch.empty(groups * rows, len(Column), device=device)
-    _check_device("draw_augmentation", params)
+    values = full_strength(strength) if strength else STRENGTH
+    height, width = (operator.index(side) for side in size)
+    number, tensor = _split_step("draw_augmentation", seed, step)
+    if device is None:
+        device = "cpu" if tensor is None else tensor.device
+    params = torch.empty(groups * rows, len(Column), dtype=torch.float32, device=device)
+    _check_devices("draw_augmentation", params=params, step=tensor)
     _ops.draw_augmentation_(
         params,
         codes,
         mode == "all",
         groups,
         rows,
-        *size,
+        height,
+        width,
         [values[name] for name in STRENGTH],
         seed,
         number,
@@ -417,8 +438,10 @@ def draw_batch(
     Raises:
         RuntimeError: offsets do not ascend or do not fit, or a class has fewer images than rows.
     """
-    _check_device("draw_batch", order)
-    number, tensor = _split_step(step)
+    number, tensor = _split_step("draw_batch", seed, step)
+    _check_devices(
+        "draw_batch", order=order, class_offsets=class_offsets, offsets=offsets, step=tensor
+    )
     index: Tensor = _ops.draw_batch(
         order, class_offsets, offsets, rows, seed, number, tensor, first_class, stream
     )
@@ -462,11 +485,14 @@ def draw_weights_(
     Raises:
         RuntimeError: lengths, shapes or bounds do not fit.
     """
-    for tensor in tensors:
-        _check_device("draw_weights_", tensor)
-    number, step_tensor = _split_step(step)
+    if not tensors:
+        return
+    number, step_tensor = _split_step("draw_weights_", seed, step)
+    named = {f"tensor {i}": tensor for i, tensor in enumerate(tensors)}
+    _check_devices("draw_weights_", **named, step=step_tensor)
+    detached = [tensor.detach() for tensor in tensors]
     _ops.draw_weights_(
-        [tensor.detach() for tensor in tensors],
+        detached,
         list(bounds),
         seed,
         number,
@@ -475,6 +501,11 @@ def draw_weights_(
         first_network,
         stream,
     )
+    if not torch.compiler.is_compiling():
+        # So that a backward that still needs the old values says so.
+        torch.autograd.graph.increment_version(
+            [tensor for tensor in detached if not tensor.is_inference()]
+        )
 
 
 @torch.library.register_fake("dmfast::draw_weights_")
@@ -485,13 +516,19 @@ def _(tensors: Sequence[Tensor], *rest: Any) -> None:
 # ---- shared ------------------------------------------------------------------------------------
 
 
-def _split_step(step: int | Tensor) -> tuple[int, Tensor | None]:
-    return (0, step) if isinstance(step, Tensor) else (int(step), None)
+def _split_step(op: str, seed: int, step: int | Tensor) -> tuple[int, Tensor | None]:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{op}: seed must be from 0 to 2**63 - 1, got {seed}")
+    return (0, step) if isinstance(step, Tensor) else (operator.index(step), None)
 
 
-def _check_device(op: str, tensor: Tensor) -> None:
-    """One line in place of the dispatcher's forty."""
-    if tensor.is_cuda and not _load.has_cuda_operators():
+def _check_devices(op: str, **tensors: Tensor | None) -> None:
+    """One line in place of the dispatcher's forty, or of a fake's result where some are meta."""
+    (first, device), *others = ((n, t.device) for n, t in tensors.items() if t is not None)
+    for name, other in others:
+        if other != device:
+            raise RuntimeError(f"{op}: {name} is on {other}, but {first} is on {device}; move it")
+    if device.type == "cuda" and not _load.has_cuda_operators():
         raise RuntimeError(
             f"{op}: got CUDA tensors, but this build of dmfast has CPU operators only; rebuild it "
             "with DMFAST_CUDA=1 where nvcc is installed, or move the tensors to the CPU"

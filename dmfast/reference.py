@@ -175,7 +175,7 @@ def draw_augmentation(
     crop = [int(side * ratio["ratio_crop_pad"] + 0.5) for side in size]
     hole = [int(side * ratio["ratio_cutout"] + 0.5) for side in size]
     scale = ratio["ratio_scale"]
-    table = torch.tensor(IDENTITY).repeat(groups * rows, 1)
+    table = torch.tensor(IDENTITY, dtype=torch.float32).repeat(groups * rows, 1)
     for group in range(groups):
         number = first_group + group
         selected = words
@@ -209,7 +209,7 @@ def draw_augmentation(
             if "rotate" in selected:
                 angle = _f32(ratio["ratio_rotate"] / 180 * math.pi)
                 row[Column.ANGLE] = (2 * _f32(_uniform(w[10])) - 1) * angle
-    return table.to(device)
+    return table.to(device or "cpu")
 
 
 def _mix(x: int) -> int:

@@ -163,4 +163,5 @@ def test_a_source_distribution_has_all_that_a_build_needs(tmp_path: Path) -> Non
     (archive,) = tmp_path.glob("*.tar")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    assert {"setup.py", "pyproject.toml", "csrc/empty.cpp", "csrc/empty.h", "LICENSE"} <= names
+    needed = {"setup.py", "pyproject.toml", "csrc/empty.cpp", "csrc/empty.h", "LICENSE"}
+    assert needed <= names

@@ -95,3 +95,16 @@ def test_strategy_none_returns_the_images() -> None:
 def test_an_unknown_transform_is_named() -> None:
     with pytest.raises(InputError, match="unknown transform 'blur'"):
         DiffAugment(torch.zeros(1, 3, 8, 8), "flip_blur")
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)])
+def test_what_is_no_batch_of_images_is_named(x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"DiffAugment: x must be floats \[N, C, H, W\], got"):
+        DiffAugment(x, "flip")
+
+
+def test_an_unknown_mode_is_named() -> None:
+    param = ParamDiffAug()
+    param.aug_mode = "X"
+    with pytest.raises(ValueError, match="aug_mode must be 'S' or 'M', got 'X'"):
+        DiffAugment(torch.zeros(1, 3, 8, 8), "flip", param=param)

@@ -145,13 +145,33 @@ def test_strength_and_strategy_none() -> None:
         (
             ("flip",),
             {"strength": {"ratio_rotate": float("nan")}},
-            r"ratio_rotate must be 0 or more",
+            r"ratio_rotate must be from 0 to 1e6",
         ),
+        (("color",), {"strength": {"brightness": 1e300}}, r"brightness must be from 0 to 1e6"),
     ],
 )
 def test_bad_augmentation_is_named(arguments, options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.draw_augmentation(*arguments, 1, (8, 8), 0, 0, stream=2, **options)
+
+
+def test_parameters_are_float32_on_the_cpu_whatever_the_defaults_are() -> None:
+    expected = ops.draw_augmentation(ALL, 4, (8, 8), 0, 0, stream=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            drawn = ops.draw_augmentation(ALL, 4, (8, 8), 0, 0, stream=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(drawn, expected)
+
+
+def test_a_step_is_a_whole_number_and_a_seed_has_63_bits() -> None:
+    with pytest.raises(TypeError):
+        ops.draw_augmentation("flip", 1, (8, 8), 0, 2.9, stream=2)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=f"draw_augmentation: seed must be .*got {seed}"):
+            ops.draw_augmentation("flip", 1, (8, 8), seed, 0, stream=2)
 
 
 def test_an_unknown_word_is_an_input_error() -> None:
@@ -162,7 +182,6 @@ def test_an_unknown_word_is_an_input_error() -> None:
 @pytest.mark.parametrize(
     ("seed", "step", "message"),
     [
-        (-1, 0, "seed must be 0 or more, got -1"),
         (0, 2**32, "step must be from 0 to"),
         (0, torch.tensor([-1]), "step must be from 0 to"),
         (0, torch.tensor([1, 2]), "step must have one element, got 2"),
@@ -267,6 +286,7 @@ def test_every_order_of_a_small_class_is_as_likely(size: int) -> None:
         ([0, 4, 9], [0, 5, 6], 6, "class 0 has 4 images, fewer than the 5 to draw"),
         ([0, 4, 99], [0, 1, 2], 2, "class_offsets must ascend from 0 at least to 9 at most"),
         ([0, 5, 4], [0, 1, 2], 2, "class_offsets must ascend"),
+        ([-1, 4, 9], [0, 1, 2], 2, "class_offsets must ascend from 0 at least"),
         ([0, 4, 9], [0, 2], 2, "offsets must have 3 elements"),
         ([0, 4, 9], [0, 2, 4], 5, "offsets must end at the number of rows 5, got 4"),
     ],
@@ -282,6 +302,15 @@ def test_bad_batches_are_named(class_offsets, offsets, rows: int, message: str) 
             0,
             stream=1,
         )
+
+
+def test_strided_indices_are_refused() -> None:
+    strided, whole = torch.tensor([0, 9, 4, 9, 9])[::2], torch.tensor([0, 4, 9])
+    rows = torch.tensor([0, 1, 2])
+    order = torch.arange(9)
+    for arguments in ((torch.arange(18)[::2], whole, rows), (order, strided, rows)):
+        with pytest.raises(RuntimeError, match=r"^draw_batch: \w+ must be contiguous"):
+            ops.draw_batch(*arguments, 2, 0, 0, stream=1)
 
 
 # ---- draw_weights_ -----------------------------------------------------------------------------
@@ -325,12 +354,28 @@ def test_weights_are_uniform_and_parameters_may_require_a_gradient() -> None:
     ("tensors", "bounds", "options", "message"),
     [
         ([torch.empty(3)], [], {}, r"bounds must have one element a tensor \(1\), got 0"),
-        ([torch.empty(3)], [float("nan")], {}, "bounds must be finite and 0 or more"),
+        ([torch.empty(3)], [float("nan")], {}, "bounds must be finite in float32 and 0 or more"),
         ([torch.empty(3)], [1.0], {"networks": 2}, "tensor 0 must have 2 networks"),
         ([torch.empty(3).long()], [1.0], {}, "tensors must be float64, float32"),
         ([torch.empty(3)], [1.0], {"first_network": -1}, "first_network must be from 0 to"),
+        ([torch.empty(3)], [1e300], {}, "bounds must be finite in float32"),
+        ([torch.empty(1).expand(3)], [1.0], {}, "tensor 0 must not be expanded"),
+        ([torch.empty(3), torch.empty(3, device="meta")], [1.0] * 2, {}, "tensor 1 is on meta"),
     ],
 )
 def test_bad_weights_are_named(tensors, bounds, options, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"^draw_weights_: {message}"):
         ops.draw_weights_(tensors, bounds, 0, 0, stream=3, **options)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_drawing_weights_that_a_gradient_still_needs_is_an_error(memory_format) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3, 3, 3).to(memory_format=memory_format))
+    loss = (weight * weight).sum()
+    ops.draw_weights_([weight], [1.0], 0, 0, stream=Stream.WEIGHTS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_tensors_are_no_work() -> None:
+    ops.draw_weights_([], [], 0, 0, stream=Stream.WEIGHTS)

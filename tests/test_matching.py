@@ -35,7 +35,8 @@ def data() -> ImageData:
 
 
 def matcher(data: ImageData, model: str = "ConvNetD2W8", ipc: int = 2, **options) -> Matcher:
-    network = get_network(model, data.channels, data.classes, data.size, seed=0)
+    # In the mode that an iteration must not be in.
+    network = get_network(model, data.channels, data.classes, data.size, seed=0).eval()
     settings = {"batch_real": 8, "strategy": STRATEGY, "seed": 7, "lr": 1.0, "momentum": 0.5}
     images = initial_images(data, ipc, "noise", seed=1)
     return Matcher(data, network, images, device=CPU, **(settings | options))
@@ -142,6 +143,13 @@ def test_an_iteration_is_that_of_the_paper(data: ImageData, model: str, step: in
     network = get_network(model, data.channels, data.classes, data.size, seed=0)
     expected = plain_iteration(data, network, subject.images, step, reference.siamese_augment)
     assert_same_up_to_rounding(subject.gradient(step), expected)
+
+
+def test_batch_norm_sees_all_classes_at_once(data: ImageData, monkeypatch) -> None:
+    """However few images a pass takes."""
+    expected = matcher(data, "ConvNetD2W8BN").gradient(2)
+    monkeypatch.setitem(matching._PIXELS_PER_PASS, "cpu", 1)
+    assert_same_up_to_rounding(matcher(data, "ConvNetD2W8BN").gradient(2), expected)
 
 
 @pytest.mark.parametrize("images_per_pass", [1, 7, 256])

@@ -87,6 +87,14 @@ def test_backward_is_the_exact_adjoint() -> None:
         torch.testing.assert_close(forward, back, rtol=1e-12, atol=1e-12)
 
 
+def test_infinities_stay_where_they_are() -> None:
+    x = torch.zeros(1, 1, 5, 5)
+    x[..., 2] = torch.inf
+    out = ops.siamese_augment(x, rows({"scale_y": 1.1}))
+    assert torch.equal(out.isinf(), x.isinf())
+    assert not out.isnan().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_identity_changes_no_bit(dtype: torch.dtype) -> None:
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 1.5, 6e-8]).to(dtype)
@@ -205,6 +213,12 @@ def test_class_mean_discrepancy_matches_reference(name: str, dtype: torch.dtype)
         assert_as_exact(actual, ours, truth)
 
 
+def test_class_mean_discrepancy_of_float64_and_float32_is_accumulated_in_float64() -> None:
+    real, syn = torch.randn(5000, 8) + 100, torch.randn(50, 8, dtype=torch.float64)
+    exact = reference.class_mean_discrepancy(real.double(), syn, 1)
+    torch.testing.assert_close(ops.class_mean_discrepancy(real, syn, 1), exact, rtol=1e-12, atol=0)
+
+
 def test_class_mean_discrepancy_of_mixed_dtypes() -> None:
     real, syn, *rest = sides("offsets", torch.float32)
     mixed = ops.class_mean_discrepancy(real.bfloat16(), syn.requires_grad_(), *rest)
@@ -225,6 +239,10 @@ def test_class_mean_discrepancy_gradcheck(name: str) -> None:
     inputs = (real.requires_grad_(), syn.requires_grad_())
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
+
+
+def test_any_number_of_classes_without_features_takes_no_time() -> None:
+    assert ops.class_mean_discrepancy(torch.zeros(0, 0), torch.zeros(0, 0), 2**62) == 0
 
 
 def test_class_mean_discrepancy_without_classes_is_zero() -> None:
@@ -290,19 +308,27 @@ def test_every_operator_is_opchecked() -> None:
 
 
 @pytest.mark.slow
-def test_compiles_without_graph_breaks() -> None:
-    real = torch.randn(6, 3 * 8 * 8)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic: bool) -> None:
+    images = torch.randint(0, 256, (30, 8, 8, 3), dtype=torch.uint8)
+    order, offsets = torch.arange(30), torch.tensor([0, 10, 20, 30])
+    batch = torch.tensor([0, 4, 8, 12])
+    weight = torch.empty(5, 3, 3, 3)
 
     def step(syn: Tensor, counter: Tensor) -> Tensor:
+        ops.draw_weights_([weight], [0.2], 0, counter, stream=3)
+        index = ops.draw_batch(order, offsets, batch, 12, 0, counter, stream=1)
         table = ops.draw_augmentation("color_rotate", 3, (8, 8), 0, counter, stream=2)
-        embedding = ops.siamese_augment(syn, table).flatten(1)
-        return ops.class_mean_discrepancy(real, embedding, 3)
+        real = ops.gather_augment(images, index, table, MEAN, STD, torch.float32)
+        of_real = torch.nn.functional.conv2d(real, weight).flatten(1)
+        of_syn = torch.nn.functional.conv2d(ops.siamese_augment(syn, table), weight).flatten(1)
+        return ops.class_mean_discrepancy(of_real, of_syn, 3)
 
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     syn = torch.randn(6, 3, 8, 8, requires_grad=True)
     for counter in (torch.tensor([0]), torch.tensor([5])):
         expected = torch.autograd.grad(step(syn, counter), syn)[0]
-        assert torch.equal(torch.autograd.grad(compiled(syn, counter), syn)[0], expected)
+        torch.testing.assert_close(torch.autograd.grad(compiled(syn, counter), syn)[0], expected)
 
 
 # ---- bad input ---------------------------------------------------------------------------------
@@ -365,6 +391,42 @@ BAD = {
             torch.zeros(2, 4, 4, 3).half(), torch.tensor([0]), ROW, MEAN, STD, torch.float32
         ),
         "gather_augment: images must be uint8 or float32, got float16",
+    ),
+    "negative index": (
+        lambda: ops.gather_augment(
+            torch.zeros(2, 4, 4, 3), torch.tensor([-1]), ROW, MEAN, STD, torch.float32
+        ),
+        "gather_augment: index must be from 0 to 1, got -1 at position 0",
+    ),
+    "strided params": (
+        lambda: ops.siamese_augment(X, ROW.repeat(1, 2)[:, ::2]),
+        "siamese_augment: params must be contiguous",
+    ),
+    "strided offsets": (
+        lambda: ops.siamese_augment(X, ROW, torch.tensor([0, 9, 4, 9])[::2]),
+        "siamese_augment: offsets must be contiguous",
+    ),
+    "strided index": (
+        lambda: ops.gather_augment(
+            torch.zeros(2, 4, 4, 3), torch.tensor([0, 9, 1])[::2], ROW, MEAN, STD, torch.float32
+        ),
+        "gather_augment: index must be contiguous",
+    ),
+    "strided mean": (
+        lambda: ops.gather_augment(
+            torch.zeros(2, 4, 4, 3), torch.tensor([0]), ROW, MEAN.repeat(2)[::2], STD, torch.float32
+        ),
+        "gather_augment: mean must be contiguous",
+    ),
+    "strided std": (
+        lambda: ops.gather_augment(
+            torch.zeros(2, 4, 4, 3), torch.tensor([0]), ROW, MEAN, STD.repeat(2)[::2], torch.float32
+        ),
+        "gather_augment: std must be contiguous",
+    ),
+    "devices": (
+        lambda: ops.siamese_augment(X, ROW.to("meta")),
+        "siamese_augment: params is on meta, but x is on cpu; move it",
     ),
     "mean": (
         lambda: ops.gather_augment(
