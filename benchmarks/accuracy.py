@@ -61,7 +61,8 @@ RUNS = {
         "MNIST", "mnist", 1, "--iterations 300 --batch-real 64", "89.7 ± 0.6", "64.9 ± 3.5"
     ),
     "mnist-ipc10": Run(
-        "MNIST", "mnist", 10, "--iterations 300 --batch-real 64", "97.5 ± 0.1", "95.1 ± 0.9"
+        *("MNIST", "mnist", 10, "--iterations 300 --batch-real 64", "97.5 ± 0.1", "95.1 ± 0.9"),
+        networks=2,
     ),
     "cifar10-ipc10": Run(
         "CIFAR-10", "cifar10", 10, "--iterations 1000", "48.9 ± 0.6", "26.0 ± 1.2"
@@ -103,8 +104,8 @@ def table() -> str:
     """The table of the results that are there, in Markdown."""
     lines = [
         "| set | images a class | random real images | condensed | paper: random | "
-        "paper: condensed | iterations | real images a class | condensing |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "paper: condensed | networks | iterations | real images a class | condensing |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in RUNS.items():
         path = RESULTS / f"accuracy-{name}.json"
@@ -118,8 +119,8 @@ def table() -> str:
         )
         lines.append(
             f"| {row.title} | {row.ipc} | {random} | **{ours}** | {row.paper_random} | "
-            f"{row.paper} | {options['iterations']} | {options['batch_real']} | "
-            f"{result['condense']['seconds'] / 60:.0f} min |"
+            f"{row.paper} | {result['condensed']['networks']} | {options['iterations']} | "
+            f"{options['batch_real']} | {result['condense']['seconds'] / 60:.0f} min |"
         )
     return "\n".join(lines) + "\n"
 
@@ -135,7 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="condense, train and test")
-    runner.add_argument("names", nargs="*", choices=[*RUNS, []], help="rows; all where left out")
+    runner.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}; all where left out"
+    )
     runner.add_argument(
         "--data-root", required=True, help="the folder that holds the sets' folders"
     )
@@ -144,8 +147,16 @@ def main() -> None:
     commands.add_parser("readme", help="put the table into the README")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        for name in arguments.names or RUNS:
-            run(name, arguments.runs.resolve(), str(Path(arguments.data_root).resolve()))
+        if unknown := [name for name in arguments.names if name not in RUNS]:
+            parser.error(f"no such row: {', '.join(unknown)}; choose from {', '.join(RUNS)}")
+        try:
+            for name in arguments.names or RUNS:
+                run(name, arguments.runs.resolve(), str(Path(arguments.data_root).resolve()))
+        except subprocess.CalledProcessError as error:  # it has said why
+            status = error.returncode
+            sys.exit(status if status > 0 else 128 - status)
+        except KeyboardInterrupt:
+            sys.exit(130)
     elif arguments.command == "table":
         print(table(), end="")
     else:

@@ -5,8 +5,23 @@
 commands (``python -m dmfast.condense``) and functions of the same jobs.
 """
 
-from . import ops
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .errors import InputError
 
+if TYPE_CHECKING:
+    from . import ops
+
 __all__ = ["InputError", "__version__", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    """``ops`` on first use: torch takes seconds to import, in which a command can be stopped."""
+    if name == "ops":
+        from importlib import import_module
+
+        return import_module("dmfast.ops")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ def read(path: Path, experiment: int, unsafe: bool) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
+        if runs := sorted(child.parent.name for child in path.glob("*/synthetic.safetensors")):
+            raise InputError(f"{path} holds the runs {', '.join(runs)}: name one of them")
         fields = _read_folder(path)
     else:
         with reading(path), path.open("rb") as file:
@@ -48,7 +51,8 @@ def read(path: Path, experiment: int, unsafe: bool) -> dict[str, Any]:
             fields = _read_parquet(path)
         elif head.endswith(b"{"):  # the 8 bytes before give the length of a JSON header
             fields = _read_safetensors(path)
-        elif not head.startswith((b"PK", b"\x80")):  # a zip archive or, before torch 1.6, a pickle
+        elif not head.startswith((b"PK", b"\x80")) or _is_other_archive(path):
+            # torch's are zip archives or, before 1.6, pickles
             raise InputError(f"{path} is of no known format: choose one of {', '.join(FORMATS)}")
         else:
             content = _torch_load(path, unsafe)
@@ -182,6 +186,14 @@ def _torch_load(path: Path, unsafe: bool) -> Any:
             ) from error
 
 
+def _is_other_archive(path: Path) -> bool:
+    """Whether it is a whole zip archive that torch did not write, such as an .npz file."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with reading(path), zipfile.ZipFile(path) as archive:
+        return not any(name.endswith("/data.pkl") for name in archive.namelist())
+
+
 def _write_res(condensed: SyntheticSet, path: Path) -> str:
     content = {
         "data": [[condensed.images.cpu(), condensed.labels.cpu()]],
@@ -260,13 +272,16 @@ def _from_idc(content: object) -> dict[str, Any]:
 def _pair(content: object) -> tuple[Tensor, Tensor]:
     match content:
         case [Tensor() as images, Tensor() as labels] if images.layout == labels.layout:
-            if images.layout == torch.strided and not (images.is_meta or labels.is_meta):
+            plain = images.layout == torch.strided and not (images.is_meta or labels.is_meta)
+            if plain and not (images.is_complex() or labels.is_complex()):
                 return images, labels
     raise InputError("does not hold plain tensors of images and labels; choose another file")
 
 
 def _split_labels(labels: Tensor) -> dict[str, Tensor]:
-    """Hard labels [N] as they are; soft ones [N, K] beside the classes that they favour."""
+    """Hard labels [N] or [N, 1] as [N]; soft ones [N, K] beside the classes that they favour."""
+    if labels.dim() == 2 and labels.shape[1] == 1 and not labels.is_floating_point():
+        return {"labels": labels[:, 0]}
     if labels.dim() != 2 or labels.shape[1] == 0:
         return {"labels": labels}
     return {"labels": labels.argmax(1), "soft_labels": labels}

@@ -259,7 +259,10 @@ def images_below(folder: Path) -> list[Path]:
 def _class_images(folder: Path) -> list[Path]:
     images = images_below(folder)
     if not images:
-        raise InputError(f"class folder {folder} holds no image: remove it, or fill it")
+        raise InputError(
+            f"class folder {folder} holds no image ({', '.join(sorted(_SUFFIXES))}): remove it, or "
+            "fill it"
+        )
     return images
 
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._images import hub_layout, parquet_layout, tiny_imagenet_layout, tree_layout
+from ._images import (
+    class_folders,
+    hub_layout,
+    images_below,
+    parquet_layout,
+    tiny_imagenet_layout,
+    tree_layout,
+)
 from ._readers import (
     Layout,
     cifar10_layout,
@@ -48,6 +55,10 @@ _DIGITS = tuple("0123456789")
 _CLOTHES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+_THINGS = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 
 KNOWN = {
@@ -93,6 +104,7 @@ KNOWN = {
         (0.2023, 0.1994, 0.2010),
         "uoft-cs/cifar10",
         "CIFAR10",
+        _THINGS,
     ),
     "cifar100": KnownSet(
         ("cifar-100-python", "cifar100"),
@@ -138,12 +150,30 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
+_FOLDER_NAMES = {name: frozenset(map(_plain, known.folders)) for name, known in KNOWN.items()}
+
+
+def names_of_another(name: str, class_names: tuple[str, ...]) -> str | None:
+    """The known set, other than ``name``, that most of these class names are of.
+
+    Numbers in the place of names are of any set.
+    """
+    words = {_plain(word) for word in class_names if not word.isdecimal()}
+
+    def shared(known: KnownSet) -> int:
+        return len(words & set(map(_plain, known.class_names)))
+
+    best = max(KNOWN, key=lambda known: shared(KNOWN[known]))
+    mine, most = shared(KNOWN[name]), shared(KNOWN[best])
+    return best if most > mine and 2 * most > len(class_names) else None
+
+
 def canonical_name(name: str) -> str:
     """The name of a known set as this package spells it, from any usual spelling ("CIFAR10").
 
-    A hub name (``hf:owner/name``) and the path of something that is there come back unchanged;
-    for a folder whose name is that of a known set, write ``./cifar10``. Anything else raises
-    :class:`InputError`.
+    A hub name (``hf:owner/name``) comes back unchanged, the path of something that is there
+    absolute; for a folder whose name is that of a known set, write ``./cifar10``. Anything else
+    raises :class:`InputError`.
     """
     if re.fullmatch(r"[A-Za-z0-9 _-]+", name):
         for known in NAMES:
@@ -151,8 +181,8 @@ def canonical_name(name: str) -> str:
                 return known
     if re.fullmatch(r"hf:[^/:\s]+/[^/:\s]+(:[^/:\s]+)?", name):
         return name
-    if name and os.path.exists(os.path.expanduser(name)):
-        return name
+    if name and os.path.exists(path := os.path.expanduser(name)):
+        return os.path.abspath(path)
     raise InputError(
         f"{name!r} is neither a known data set ({', '.join(NAMES)}), nor hf:owner/name, nor the "
         "path of a folder or .npz file that exists"
@@ -174,12 +204,17 @@ def locate(name: str, root: str | Path | None, download: bool) -> Layout:
         roots = [Path("data"), *([Path(os.path.expanduser(variable))] if variable else [])]
         places = f"./data or $DMFAST_DATA ({variable or 'not set'})"
 
-    names = frozenset(_plain(folder) for folder in known.folders)
+    names = _FOLDER_NAMES[name]
     problem = None
     for folder in roots:
         for place in _places(folder, names | _INNER_FOLDERS):
             try:
                 if layout := _recognise(place, _GENERIC | {known.layout}):
+                    if (other := _named_after(place, folder)) not in (None, name):
+                        raise InputError(
+                            f"{layout.folder} is, by its name, {other} and not {name}: give "
+                            f"--dataset {other}, the folder of {name}, or the path for the name"
+                        )
                     return layout
                 if _plain(place.stem) in names:
                     problem = problem or _unrecognised(place)
@@ -192,6 +227,19 @@ def locate(name: str, root: str | Path | None, download: bool) -> Layout:
         f"files in a folder {name}) there, name the folder that holds it with --data-root or "
         "$DMFAST_DATA, or fetch it with --download"
     )
+
+
+def _named_after(place: Path, root: Path) -> str | None:
+    """The known set whose usual name the place bears, or the folder that it is inside of."""
+    place, root = place.absolute(), root.absolute()
+    for folder in (place, *place.parents):
+        plain = _plain(folder.stem)
+        if found := next((name for name, usual in _FOLDER_NAMES.items() if plain in usual), None):
+            return found
+        # What ``data`` is in may be a user's project, whatever its name.
+        if plain not in _INNER_FOLDERS or (folder == root and plain == "data"):
+            return None
+    return None
 
 
 def locate_path(name: str) -> Layout:
@@ -228,9 +276,14 @@ def _unrecognised(path: Path) -> InputError:
     if not path.is_dir():
         return InputError(f"{path} is not an .npz file: give the folder that holds the set")
     what = "is of no known layout" if any(path.iterdir()) else "is empty"
-    return InputError(
-        f"{path} {what}: it should hold {_LAYOUT_WORDS}; an .npz file is named itself"
+    classes = [folder.name for folder in class_folders(path) if images_below(folder)]
+    hint = (
+        f"; where {', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''} are its classes, "
+        "move them to train/<class>/, and some images of each to test/<class>/"
+        if classes
+        else "; an .npz file is named itself"
     )
+    return InputError(f"{path} {what}: it should hold {_LAYOUT_WORDS}{hint}")
 
 
 def _download(name: str, known: KnownSet, folder: Path) -> Layout:

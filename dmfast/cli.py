@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -12,15 +15,26 @@ from typing import NoReturn
 from .errors import InputError
 
 _ROOM = "free some space or choose another folder"
-_DISK_REMEDIES = {
+_PERMISSION = "choose a folder that you may use, or change its permissions"
+_FILE_IN_THE_WAY = "a file is in the place of a folder: remove it or choose another folder"
+_REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
     errno.EFBIG: _ROOM,
     errno.EIO: "check the disk or choose another folder",
     errno.EROFS: "choose a folder that can be written to",
-    errno.EACCES: "choose a folder that you may use, or change its permissions",
-    errno.EPERM: "choose a folder that you may use, or change its permissions",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.ENOTDIR: _FILE_IN_THE_WAY,
+    errno.EEXIST: _FILE_IN_THE_WAY,
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
+
+
+def disk_words(error: OSError) -> tuple[str, str]:
+    """What the system says went wrong, and what the user can do about it."""
+    remedy = _REMEDIES.get(error.errno or 0, "check that it is there and may be used")
+    return error.strerror or str(error), remedy
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -30,6 +44,19 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or action.default is False or action.nargs == 0:
             return action.help
         return super()._get_help_string(action)
+
+
+class _Replaced(argparse.Action):
+    """A flag of another program: its help says what to do instead."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        parser.error(f"{option_string} has no counterpart here: {self.help}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,30 +70,65 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_replaced(self, title: str, flags: dict[str, str]) -> None:
+        """Adds flags of another program that are errors here, and what to do in their place."""
+        group = self.add_argument_group(title)
+        for flag, instead in flags.items():
+            group.add_argument(
+                flag, action=_Replaced, default=argparse.SUPPRESS, metavar="X", help=instead
+            )
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def main(prog: str, command: Callable[[Sequence[str]], None]) -> NoReturn:
+def main(prog: str, command: Callable[[Sequence[str]], None] | None = None) -> NoReturn:
     """Runs ``command(sys.argv[1:])`` and exits with its status.
 
-    0: done. 2: a wrong option, unusable input (:class:`InputError`) or a disk that is full or
-    cannot be written, with one line on stderr. 130: interrupted.
+    0: done. 2: a wrong option, unusable input (:class:`InputError`) or a disk or file that fails,
+    with one line on stderr. 130: interrupted. 141: nobody reads the output any more.
+
+    Args:
+        command: left out, it is ``_main`` of the module ``prog``, imported here: a command that
+            calls this before its other imports can be interrupted in them, too.
     """
     try:
-        command(sys.argv[1:])
+        try:
+            if command is None:
+                command = _import(prog)
+            command(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         sys.exit(_fail(prog, str(error)))
+    except BrokenPipeError:
+        # So that the interpreter, on its way out, does not meet the same again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        remedy = _DISK_REMEDIES.get(error.errno or 0)
-        if remedy is None:
-            raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_fail(prog, f"{where}{error.strerror}; {remedy}"))
+        sys.exit(_fail(prog, where + "; ".join(disk_words(error))))
     except KeyboardInterrupt:
-        print(f"python -m {prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_interrupted(prog))
     sys.exit(0)
+
+
+def _import(module: str) -> Callable[[Sequence[str]], None]:
+    def stop(*_: object) -> NoReturn:
+        # An exception in the midst of an import comes out as any other; nothing is begun yet.
+        os._exit(_interrupted(module))
+
+    handler = signal.signal(signal.SIGINT, stop)
+    try:
+        command: Callable[[Sequence[str]], None] = importlib.import_module(module)._main
+        return command
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _interrupted(prog: str) -> int:
+    print(f"python -m {prog}: interrupted", file=sys.stderr, flush=True)
+    return 130
 
 
 def _fail(prog: str, message: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _cache
 from ._images import hub_layout, size_words
 from ._readers import RawSet, Split, reason
-from ._sets import KNOWN, KnownSet, canonical_name, locate, locate_path
+from ._sets import KNOWN, KnownSet, canonical_name, locate, locate_path, names_of_another
 from .errors import InputError
 
 __all__ = ["ImageData", "canonical_name", "load"]
@@ -161,6 +161,11 @@ def _image_data(name: str, where: str, raw: RawSet) -> ImageData:
     classes = _count_classes(where, train.labels, test.labels, class_names)
     if known is not None:
         _check_known(name, known, where, shape, classes)
+        if other := names_of_another(name, raw.class_names):
+            raise InputError(
+                f"{where} has the classes of {other} ({', '.join(raw.class_names[:3])}, ...), not "
+                f"of {name}: give --dataset {other}, or the path in place of the name"
+            )
     mean, std = (known.mean, known.std) if known else _measure(train.images)
     return ImageData(
         train_images=_tensor(train.images),

@@ -8,6 +8,11 @@ fewer iterations, networks and epochs than the paper's.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take long
+    from dmfast import cli
+
+    cli.main("dmfast.demo")
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,8 +75,7 @@ def _main(arguments: Sequence[str]) -> None:
     parser = cli.Parser("dmfast.demo", "Condenses the digits and trains networks on the result.")
     parser.add_argument("--out", metavar="DIR", default="runs/demo", help="folder of the results")
     keep_freed_pages()
-    run(Path(parser.parse_args(arguments).out))
-
-
-if __name__ == "__main__":
-    cli.main("dmfast.demo", _main)
+    out = parser.parse_args(arguments).out
+    if not out:
+        parser.error("--out is empty: name a folder, or leave it out")
+    run(Path(out))

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,14 @@ def memory_format(device: torch.device) -> torch.memory_format:
     against 0.20 s for a training step of 100 images.
     """
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes of the device that this process has held at most; of a CPU, all of its memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,11 @@ changes nothing, and an interrupted evaluation continues where it was.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take long
+    from dmfast import cli
+
+    cli.main("dmfast.evaluate")
+
 import hashlib
 import json
 import math
@@ -35,6 +40,7 @@ from .files import write_bytes
 from .memory import keep_freed_pages
 from .ops import Stream
 from .presets import preset
+from .runs import locked
 from .synthetic import SyntheticSet
 from .training import PROTOCOLS, EvaluationResult, Evaluator, evaluate_set
 
@@ -48,8 +54,8 @@ BASELINES = {"random": "random real images, drawn anew for each network"}
 class EvaluateConfig:
     """The options of an evaluation, named as on the command line.
 
-    Where None, ``dataset`` is what the set says it was condensed from, ``model`` and
-    ``dsa_strategy`` (words joined by underscores; "" for no augmentation) are the data set's
+    Where None, ``dataset``, ``model`` and ``dsa_strategy`` (words joined by underscores; "" for no
+    augmentation) are what the set says it was condensed with, the latter two else the data set's
     presets, and ``out`` is the folder of the set.
 
     Raises:
@@ -91,6 +97,8 @@ class EvaluateConfig:
             if self.ipc is None or self.ipc < 1:
                 raise InputError(f"--baseline random needs --ipc of 1 or more, got {self.ipc}")
         choose("--protocol", self.protocol, PROTOCOLS)
+        if self.out == "":
+            raise InputError("--out is empty: name a folder, or leave it out")
         if self.networks < 1:
             raise InputError(f"--networks must be 1 or more, got {self.networks}")
         if self.epochs < 0:
@@ -114,9 +122,22 @@ def run(config: EvaluateConfig, *, command: str | None = None) -> EvaluationResu
             the folder holds another evaluation.
     """
     source = _random(config) if config.set is None else _condensed(config, config.set)
+    folder = Path(config.out) if config.out else source.folder
+    with locked(folder):
+        return _run(config, source, folder, command)
+
+
+def _run(
+    config: EvaluateConfig, source: _Source, folder: Path, command: str | None
+) -> EvaluationResult:
     presets = preset(source.data.name, int(source.ipc))
-    model = config.model or presets.model
-    strategy = presets.dsa_strategy if config.dsa_strategy is None else config.dsa_strategy
+    model, strategy = (
+        next(value for value in values if isinstance(value, str))
+        for values in (
+            (config.model, source.config.get("model"), presets.model),
+            (config.dsa_strategy, source.config.get("dsa_strategy"), presets.dsa_strategy),
+        )
+    )
     augmentation = "_".join(parse_strategy(strategy))
     evaluator = Evaluator(
         source.data,
@@ -129,7 +150,7 @@ def run(config: EvaluateConfig, *, command: str | None = None) -> EvaluationResu
         protocol=config.protocol,
     )
     record = _Record(
-        Path(config.out) if config.out else source.folder,
+        folder,
         identity={
             "dataset": source.data.name,
             "images_per_class": source.ipc,
@@ -208,6 +229,7 @@ class _Source:
     images_of: Callable[[int], tuple[Tensor, Tensor]]
     training_images: str  # a digest of all that images_of follows from
     folder: Path  # of the result, where the user names none
+    config: dict[str, Any]  # how the set was made, as far as it says
 
 
 def _condensed(config: EvaluateConfig, path: str) -> _Source:
@@ -217,7 +239,15 @@ def _condensed(config: EvaluateConfig, path: str) -> _Source:
         if not isinstance(recorded, str):
             raise InputError(f"{path} does not say what it was condensed from: give --dataset NAME")
         name = recorded
-    data = load_data(name, config.data_root, cache=config.cache, download=config.download)
+    try:
+        data = load_data(name, config.data_root, cache=config.cache, download=config.download)
+    except InputError as error:
+        if config.dataset is not None:
+            raise
+        raise InputError(
+            f"{error} ({path} says that it was condensed from {name}: give --dataset where that is "
+            "called otherwise here)"
+        ) from error
     synthetic = SyntheticSet.load(
         path, config.experiment, config.unsafe, mean=data.mean, std=data.std
     )
@@ -240,6 +270,7 @@ def _condensed(config: EvaluateConfig, path: str) -> _Source:
         lambda index: (images, labels),
         _digest(images, labels),
         Path(path) if Path(path).is_dir() else Path(path).parent,
+        synthetic.config,
     )
 
 
@@ -279,6 +310,7 @@ def _random(config: EvaluateConfig) -> _Source:
         images_of,
         _digest(data.train_images, data.train_labels),
         Path("runs", "-".join(words)),
+        {},
     )
 
 
@@ -327,8 +359,9 @@ class _Record:
         for path in (self.final, self.partial):
             if not path.exists():
                 continue
+            result, there = self._parse(path)
             try:
-                result = self._read(path, networks)
+                self._check(path, result, there, networks)
             except InputError:
                 if not overwrite:
                     raise
@@ -337,16 +370,24 @@ class _Record:
                 known = max(known, result, key=lambda result: len(result.accuracies))
         return known
 
-    def _read(self, path: Path, networks: int) -> EvaluationResult:
-        remedy = "name another --out, or give --overwrite"
+    def _parse(self, path: Path) -> tuple[EvaluationResult, dict[str, Any]]:
+        """The accuracies in the file, and what they follow from."""
         try:
             content = json.loads(path.read_text())
             result = EvaluationResult(
                 tuple(map(float, content["accuracies"])), float(content["seconds"])
             )
-            there = {key: content[key] for key in self._identity}
+            return result, {key: content[key] for key in self._identity}
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is no evaluation of this program; {remedy}") from error
+            raise InputError(
+                f"{path} is no evaluation of this program; name another --out, or move it"
+            ) from error
+
+    def _check(
+        self, path: Path, result: EvaluationResult, there: dict[str, Any], networks: int
+    ) -> None:
+        """Raises InputError where the file is of another evaluation, or of more networks."""
+        remedy = "name another --out, or give --overwrite"
         differences = [
             f"{key} is {there[key]!r}, not {value!r}"
             for key, value in self._identity.items()
@@ -361,7 +402,6 @@ class _Record:
                 f"{path} has {len(result.accuracies)} networks of this evaluation already; ask for "
                 f"as many or more, {remedy}"
             )
-        return result
 
     def write(self, result: EvaluationResult) -> None:
         """Keeps the networks evaluated so far."""
@@ -394,7 +434,7 @@ class _Record:
             write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
         except OSError as error:
             raise InputError(
-                f"{path} cannot be written: {error.strerror}; make room, or name another --out"
+                f"{path} cannot be written: {'; '.join(cli.disk_words(error))}"
             ) from error
 
 
@@ -456,7 +496,9 @@ def _parser() -> cli.Parser:
         help="the real images: a known name, a path or hf:owner/name (default: what SET says)",
     )
     parser.add_argument(
-        "--data-root", metavar="DIR", help="the folder that holds the data set's folder or files"
+        "--data-root",
+        metavar="DIR",
+        help="what holds the data set's folder or files (default: ./data, then $DMFAST_DATA)",
     )
     parser.add_argument(
         "--baseline",
@@ -464,7 +506,9 @@ def _parser() -> cli.Parser:
         help="train on that in place of a SET: random real images, others for each network",
     )
     parser.add_argument("--ipc", metavar="N", type=int, help="images a class, of a baseline")
-    parser.add_argument("--model", metavar="NAME", help="as ConvNetD4BN (default: the preset)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="as ConvNetD4BN (default: as SET says, else the preset)"
+    )
     parser.add_argument(
         "--networks", metavar="N", type=int, default=default.networks, help="how many to train"
     )
@@ -480,7 +524,8 @@ def _parser() -> cli.Parser:
     strategy.add_argument(
         "--dsa-strategy",
         metavar="WORDS",
-        help=f"{', '.join(WORDS)}, joined by underscores, or none (default: the preset)",
+        help=f"{', '.join(WORDS)}, joined by underscores, or none (default: as SET says, else "
+        "the preset)",
     )
     strategy.add_argument(
         "--no-augmentation",
@@ -543,7 +588,3 @@ def _main(arguments: Sequence[str]) -> None:
     config = EvaluateConfig(**vars(_parser().parse_args(arguments)))
     keep_freed_pages()
     run(config, command=shlex.join(["python", "-m", "dmfast.evaluate", *arguments]))
-
-
-if __name__ == "__main__":
-    cli.main("dmfast.evaluate", _main)

@@ -6,13 +6,18 @@ For the formats, and from Python: :mod:`dmfast.synthetic`.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take long
+    from dmfast import cli
+
+    cli.main("dmfast.export")
+
 from collections.abc import Sequence
 
 from . import cli
 from .synthetic import FORMATS, SyntheticSet
 
 
-def main(arguments: Sequence[str]) -> None:
+def _main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(
         "dmfast.export", "Turns a condensed set into another format, and says what that changes."
     )
@@ -47,7 +52,3 @@ def main(arguments: Sequence[str]) -> None:
     )
     report = condensed.export(options.out, options.format)
     print(f"{options.out}: {len(condensed.labels)} images, {options.format}: {report}")
-
-
-if __name__ == "__main__":
-    cli.main("dmfast.export", main)

@@ -18,7 +18,7 @@ from . import ops
 from .data import ImageData
 from .devices import autocast, memory_format
 from .errors import InputError
-from .networks import Network, initialise_
+from .networks import Network, has_batch_norm, initialise_
 from .ops import Stream
 
 # How many images a forward pass takes, in pixels, by device type. On a CPU, of 32 to 512 images of

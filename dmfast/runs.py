@@ -11,6 +11,9 @@ synthetic.safetensors        the condensed set (:class:`dmfast.synthetic.Synthet
 grid.png, loss.png           the same to look at
 ============================ =====================================================================
 
+While a process works in the folder it holds ``.lock`` in it, which keeps others out; a process that
+is killed leaves the file but not the lock.
+
 Every file but ``metrics.jsonl`` is replaced in one step. That one is only appended to, before the
 checkpoint is written, and what it says beyond the checkpoint is cut off on resuming.
 """
@@ -30,11 +33,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cli import disk_words
 from .devices import machine, versions
 from .errors import InputError
 from .files import write_bytes
 
+try:
+    import fcntl
+except ImportError:  # not everywhere
+    fcntl = None  # type: ignore[assignment]
+
 _FORMAT = "dmfast-checkpoint-1"
+_CONFIG_KEYS = {"options", "versions", "machine"}
 
 
 @dataclass(frozen=True)
@@ -74,25 +84,42 @@ class RunFolder:
         self.kept = "nothing was written"
 
     def holds_run(self) -> bool:
-        """Whether there is anything of a run here.
+        """Whether there is a run here, or what is left of one.
 
         Raises:
-            InputError: the path is taken by something that is no folder.
+            InputError: the path is taken by something that is no folder, or the names of a run's
+                files by files of something else.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is not a folder; choose another --out")
-        return any(path.exists() for path in self._files())
+        there = [path.name for path in self._files() if path.exists()]
+        if there and not self._is_run():
+            raise InputError(
+                f"{self.path} holds {', '.join(there)} of something else than a run; choose "
+                "another --out"
+            )
+        return bool(there)
+
+    def _is_run(self) -> bool:
+        if not self.config.exists():
+            with suppress(InputError):
+                return self.read_checkpoint() is not None
+            return False
+        try:
+            content = json.loads(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(content, dict) and content.keys() >= _CONFIG_KEYS
 
     def clear(self) -> None:
-        """Removes the files of a run, and the folder where nothing else is in it.
+        """Removes the files of a run.
 
-        The checkpoint goes first: without it, what is left can only be started over.
+        The checkpoint goes first: without it, what is left can only be started over. What tells
+        that the others are of a run goes last.
         """
         with self.writing():
-            for path in (*self._files(), *self._leftovers()):
+            for path in (*self._leftovers(), *self._files()):
                 path.unlink(missing_ok=True)
-            with suppress(OSError):
-                self.path.rmdir()
 
     def start(self, options: dict[str, Any], checkpoint: Checkpoint) -> None:
         """Begins a run at ``checkpoint`` in a folder that holds none, or leaves nothing in it."""
@@ -193,25 +220,73 @@ class RunFolder:
         try:
             yield
         except OSError as error:
+            reason, remedy = disk_words(error)
             raise InputError(
-                f"{error.filename or self.path} could not be written: {error.strerror}; "
-                f"{self.kept}: make room, or choose another --out"
+                f"{error.filename or self.path} could not be written: {reason}; {self.kept}: "
+                f"{remedy}"
             ) from error
 
     def _files(self) -> list[Path]:
+        """In the order in which they are removed."""
+        evaluations = (self.path / f"evaluation{part}.json" for part in ("", ".partial"))
         return [
-            self.checkpoint,
+            *(self.checkpoint, self.metrics, self.synthetic, self.grid, self.loss, *evaluations),
             self.config,
-            self.metrics,
-            self.synthetic,
-            self.grid,
-            self.loss,
-            *self.path.glob("evaluation*.json"),
         ]
 
     def _leftovers(self) -> list[Path]:
         """What a killed process was writing to."""
         return list(self.path.glob(".*.partial.*"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder, which is made, and removed again if left empty.
+
+    Where a lock cannot be had (no ``fcntl``, a disk without locks or that may not be written)
+    there is none.
+
+    Raises:
+        InputError: another process is in the folder.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = folder / ".lock"
+    descriptor = _lock(lock)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if descriptor is not None:
+                lock.unlink(missing_ok=True)
+                os.close(descriptor)
+            for path in missing:
+                path.rmdir()
+
+
+def _lock(path: Path) -> int | None:
+    """An open file that holds the lock; None where there is none to be had."""
+    if fcntl is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The one who held it may have removed the file between the two calls.
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(descriptor), path.stat()):
+                        return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{path.parent} is in use by another process: wait for its end, or choose another --out"
+        ) from error
+    except OSError:
+        return None
 
 
 @contextmanager

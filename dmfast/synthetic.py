@@ -76,7 +76,8 @@ class SyntheticSet:
         count, channels = shape[:2]
         if not images.isfinite().all():
             raise InputError("images hold NaN or infinite values; make the set again")
-        if list(labels.shape) != [count] or labels.is_floating_point():
+        is_integer = not (labels.is_floating_point() or labels.is_complex())
+        if list(labels.shape) != [count] or not is_integer:
             raise InputError(
                 f"labels must be integers, one for each of {count} images, not {labels.dtype} "
                 f"{list(labels.shape)}"

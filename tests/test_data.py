@@ -23,7 +23,6 @@ from image_sets import (
     make,
     table,
     write_cifar10,
-    write_idx,
     write_npz,
     write_parquet,
     write_parquet_shards,
@@ -68,45 +67,6 @@ def test_a_layout_is_read_as_it_was_written(tmp_path, layout):
     scaled = written.train_images / 255
     assert read.mean == pytest.approx(scaled.mean((0, 1, 2)), rel=1e-12)
     assert read.std == pytest.approx(scaled.std((0, 1, 2)), rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("name", "inner", "layout", "size", "classes", "std"),
-    [
-        ("MNIST", "MNIST/raw", "idx", 28, 10, (0.3081,)),
-        ("FashionMNIST", "fashion-mnist", "idx.gz", 28, 10, (0.3530,)),
-        ("SVHN", "", "svhn", 32, 10, (0.1980, 0.2010, 0.1970)),
-        ("CIFAR10", "cifar-10-batches-py", "cifar10", 32, 10, (0.2023, 0.1994, 0.2010)),
-        ("cifar-10", "cifar10/plain_text", "parquet", 32, 10, (0.2023, 0.1994, 0.2010)),
-        ("cifar10", "", "tree", 32, 10, (0.2023, 0.1994, 0.2010)),
-        ("cifar100", "cifar-100-python", "cifar100", 32, 100, (0.2673, 0.2564, 0.2762)),
-        ("TinyImageNet", "tiny-imagenet-200", "tiny-imagenet", 64, 10, (0.229, 0.224, 0.225)),
-    ],
-)
-def test_a_known_set_is_found_below_its_root_and_has_published_deviations(
-    tmp_path, monkeypatch, name, inner, layout, size, classes, std
-):
-    written = make(size, classes, train=max(20, classes))
-    folder = tmp_path / "root" / inner
-    folder.mkdir(parents=True)
-    LAYOUTS[layout](folder, written.grey() if layout.startswith("idx") else written)
-    monkeypatch.setenv("DMFAST_DATA", str(tmp_path / "root"))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "stray.parquet").write_bytes(b"of no set")
-    for root in (tmp_path / "root", folder, None):
-        read = data.load(name, root)
-        assert read.name == data.canonical_name(name)
-        assert (read.classes, read.size, read.std) == (classes, (size, size), std)
-
-
-def test_data_of_the_working_folder_goes_before_the_variable(tmp_path, monkeypatch):
-    for root, train in (("data", 20), ("elsewhere", 30)):
-        (tmp_path / root / "mnist").mkdir(parents=True)
-        write_idx(tmp_path / root / "mnist", make(28, train=train).grey())
-    monkeypatch.setenv("DMFAST_DATA", str(tmp_path / "elsewhere"))
-    assert len(data.load("mnist").train_labels) == 20
-    shutil.rmtree(tmp_path / "data")
-    assert len(data.load("mnist").train_labels) == 30
 
 
 def test_digits_need_no_files_and_are_split_by_class():
@@ -344,30 +304,6 @@ def refuses(match: str, name: str | Path, root: Path | None = None) -> str:
     return str(caught.value)
 
 
-def test_names_and_places(tmp_path):
-    message = refuses("'cifar11' is neither a known data set", "cifar11")
-    assert all(name in message for name in ("digits", "tiny-imagenet", "hf:owner/name"))
-    refuses("'hf:cifar10' is neither", "hf:cifar10")
-    refuses("'no/such/folder' is neither", "no/such/folder")
-    refuses("neither", "")
-    refuses(r"cifar10 was not found in ./data or \$DMFAST_DATA \(not set\)", "cifar10")
-    refuses("put its folder .*, or fetch it with --download", "cifar10")
-    refuses(f"svhn was not found in {tmp_path}", "svhn", tmp_path)
-    refuses("data root .*nowhere does not exist", "mnist", tmp_path / "nowhere")
-    (tmp_path / "cifar10").mkdir()
-    refuses(f"{tmp_path}/cifar10 is empty: it should hold", tmp_path / "cifar10")
-    refuses(f"{tmp_path}/cifar10 is empty", "cifar10", tmp_path)
-    (tmp_path / "cifar10" / "notes.txt").touch()
-    refuses("is of no known layout: it should hold idx", tmp_path / "cifar10")
-    refuses("notes.txt is not an .npz file: give the folder", tmp_path / "cifar10" / "notes.txt")
-
-
-def test_another_set_under_a_known_name(tmp_path):
-    write_parquet(tmp_path, make(28))
-    refuses("10 classes of images of 28 x 28 .* but cifar10 has 10 of 32 x 32", "cifar10", tmp_path)
-    refuses("3 channels, but mnist has 10 of 28 x 28 .* 1 channel:", "mnist", tmp_path)
-
-
 def cut(name: str, keep: float = 0.5) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (file,) = folder.glob(name)
@@ -389,6 +325,14 @@ def overwrite(name: str, content: bytes) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (file,) = folder.glob(name)
         file.write_bytes(content)
+
+    return damage
+
+
+def rename_suffix(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (file,) = folder.glob(name)
+        file.rename(file.with_suffix(".gif"))
 
     return damage
 
@@ -430,6 +374,7 @@ ROWS = np.zeros((4, 3072), np.uint8)
         ("tree", remove("train/class 4"), "test/class 4 is a class that .*train does not have"),
         ("tree", remove("test/class 4/*"), "class folder .*test/class 4 holds no image"),
         ("tree", cut("test/class 4/*"), "test/class 4/.*PNG cannot be decoded"),
+        ("tree", rename_suffix("test/class 4/*"), r"no image \(.bmp, .jpeg, .jpg, .png, .webp\)"),
         ("tree", overwrite("test/class 4/*", b"GIF89a"), "replace it by a PNG, JPEG, WEBP, BMP"),
         ("tiny-imagenet", remove("train/n00000003"), "class folder .*n00000003 holds no image"),
         ("tiny-imagenet", remove("val/images/val_3.JPEG"), "lists 10 images, .* holds 9"),

@@ -22,7 +22,8 @@ from dmfast import InputError, data, evaluate, ops, training
 from dmfast.evaluate import EvaluateConfig, EvaluationResult, evaluate_set
 from dmfast.networks import get_network, initialise_
 from dmfast.ops import Stream
-from dmfast.synthetic import SyntheticSet
+from dmfast.runs import locked
+from dmfast.synthetic import FORMATS, SyntheticSet
 
 MODEL = "ConvNetD1W8"
 STRATEGY = "color_crop_cutout_scale_rotate"
@@ -69,10 +70,15 @@ def written(folder: Path) -> dict[str, Any]:
 # ---- the protocol ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["", STRATEGY])
-def test_training_follows_the_published_protocol(digits: data.ImageData, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "epochs", "decay_after"),
+    [("", 3, 2), (STRATEGY, 3, 2), ("", 6, 4), (STRATEGY, 7, 4)],
+)
+def test_training_follows_the_published_protocol(
+    digits: data.ImageData, strategy: str, epochs: int, decay_after: int
+) -> None:
     """Against the update written out: two batches an epoch, the second one smaller."""
-    epochs, seed, index, n = 3, 5, 2, 300
+    seed, index, n = 5, 2, 300
     images, labels = digits.normalise(digits.train_images[:n]), digits.train_labels[:n]
     network = get_network(MODEL, 1, 10, (8, 8), seed=seed)
     expected = get_network(MODEL, 1, 10, (8, 8), seed=seed)
@@ -83,7 +89,7 @@ def test_training_follows_the_published_protocol(digits: data.ImageData, strateg
     whole = torch.tensor([0, n])
     weights = list(expected.parameters())
     learning_rate, velocity = 0.01, [torch.zeros_like(w) for w in weights]
-    for epoch in (0, 1, 2, 3):
+    for epoch in range(epochs + 1):
         order = ops.draw_batch(
             torch.arange(n),
             whole,
@@ -114,20 +120,21 @@ def test_training_follows_the_published_protocol(digits: data.ImageData, strateg
                 for w, v, gradient in zip(weights, velocity, gradients, strict=True):
                     v.mul_(0.9).add_(gradient + 5e-4 * w)
                     w.sub_(learning_rate * v)
-        if epoch == 2:  # E // 2 + 1
+        if epoch == decay_after:
             learning_rate, velocity = 0.001, [torch.zeros_like(w) for w in weights]
 
     torch.testing.assert_close(network.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("model", [MODEL, "ConvNetD1W8BN"])
 def test_result_is_the_test_accuracy_after_the_last_epoch(
-    digits: data.ImageData, small: SyntheticSet
+    digits: data.ImageData, small: SyntheticSet, model: str
 ) -> None:
     result = evaluate_set(
         small.images,
         small.labels,
         digits,
-        model=MODEL,
+        model=model,
         networks=2,
         epochs=20,
         seed=3,
@@ -135,7 +142,7 @@ def test_result_is_the_test_accuracy_after_the_last_epoch(
         device="cpu",
     )
     for index, accuracy in enumerate(result.accuracies):
-        network = get_network(MODEL, 1, 10, (8, 8), seed=0)
+        network = get_network(model, 1, 10, (8, 8), seed=0)
         initialise_(network, 3, 0, network_index=index, stream=Stream.EVALUATION_WEIGHTS)
         training.train(
             network, small.images, small.labels, epochs=20, seed=3, index=index, strategy=STRATEGY
@@ -246,14 +253,54 @@ def test_run_writes_the_evaluation_beside_the_set(
     assert f"{content['accuracy_mean']:.2f} %" in capsys.readouterr().out
 
 
-def test_any_exported_format_is_taken(small: SyntheticSet, saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_any_exported_format_is_taken(
+    small: SyntheticSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
     """Those that do not keep mean and std are normalised as the data set is."""
-    expected = evaluate.run(quick(set=str(saved), networks=1))
-    for format, name in (("res", "res.pt"), ("mtt", "mtt")):
-        small.export(tmp_path / name, format)
-        out = str(tmp_path / f"out-{format}")
-        config = quick(set=str(tmp_path / name), dataset="digits", networks=1, out=out)
-        assert evaluate.run(config).accuracies == expected.accuracies
+    trained_on: list[torch.Tensor] = []
+
+    def train(network: object, images: torch.Tensor, labels: torch.Tensor, **rest: Any) -> None:
+        assert torch.equal(labels, small.labels)
+        trained_on.append(images)
+
+    monkeypatch.setattr(training, "train", train)
+    unit = 1.5 * small.unit_images() - 0.2
+    mean, std = small.mean[0], small.std[0]
+    exact = replace(small, images=(unit - mean) / std)
+    exact.export(tmp_path / "set", format)
+    if format == "png":  # as another program would write it
+        (tmp_path / "set" / "dmfast.json").unlink()
+    config = quick(
+        set=str(tmp_path / "set"), dataset="digits", networks=1, out=str(tmp_path / "out")
+    )
+    evaluate.run(config)
+    if format in ("safetensors", "res", "mtt"):
+        assert torch.equal(trained_on[0], exact.images)
+        return
+    clipped = (unit.clamp(0, 1) - mean) / std
+    step = 0 if format == "idc" else 0.5 / 255 / std
+    torch.testing.assert_close(trained_on[0], clipped, rtol=0, atol=step + 1e-5)
+
+
+def test_model_and_strategy_are_those_that_the_set_was_made_with(
+    small: SyntheticSet, saved: Path, tmp_path: Path
+) -> None:
+    made_with = {"dataset": "digits", "model": MODEL, "dsa_strategy": ""}
+    replace(small, config=made_with).save(saved)
+    evaluate.run(EvaluateConfig(set=str(saved), networks=1, epochs=1))
+    content = written(saved.parent)
+    assert (content["model"], content["augmentation"]) == (MODEL, "none")
+    given = {"model": "ConvNetD1W4", "dsa_strategy": "color", "out": str(tmp_path / "given")}
+    evaluate.run(EvaluateConfig(set=str(saved), networks=1, epochs=1, **given))
+    content = written(tmp_path / "given")
+    assert (content["model"], content["augmentation"]) == ("ConvNetD1W4", "color")
+
+
+def test_a_folder_in_use_is_left_alone(saved: Path) -> None:
+    with locked(saved.parent), pytest.raises(InputError, match=r"in use by another process.*--out"):
+        evaluate.run(quick(set=str(saved)))
+    assert list(saved.parent.iterdir()) == [saved]
 
 
 def test_test_images_are_normalised_as_the_set_is(
@@ -397,8 +444,9 @@ def test_another_set_under_the_same_name_is_noticed(small: SyntheticSet, saved: 
 
 def test_foreign_file_is_kept(saved: Path) -> None:
     (saved.parent / "evaluation.json").write_text("[]")
-    with pytest.raises(InputError, match="no evaluation of this program"):
-        evaluate.run(quick(set=str(saved)))
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="no evaluation of this program"):
+            evaluate.run(quick(set=str(saved), overwrite=overwrite))
     assert (saved.parent / "evaluation.json").read_text() == "[]"
 
 
@@ -421,6 +469,7 @@ def test_foreign_file_is_kept(saved: Path) -> None:
         ({"set": "x", "seed": 2**63}, "--seed must be from 0"),
         ({"set": "x", "protocol": "new"}, "--protocol: unknown value 'new'; .* published"),
         ({"set": "not/there"}, "not/there: no such file"),
+        ({"set": "x", "out": ""}, "--out is empty"),
         ({"baseline": "random", "ipc": 1, "model": "ConvNe"}, "unknown model 'ConvNe'"),
         ({"baseline": "random", "ipc": 1, "model": "ConvNetD4"}, "too small for depth 4"),
         ({"baseline": "random", "ipc": 1, "dsa_strategy": "blur"}, "unknown transform 'blur'"),
@@ -453,6 +502,7 @@ def test_wrong_options(
         ({"zca": True}, "ZCA-whitened"),
         ({"factor": 2}, "images that hold 2x2 others"),
         ({"config": {}}, "give --dataset"),
+        ({"config": {"dataset": "/gone"}}, "'/gone' is neither.*condensed from /gone: give --data"),
     ],
 )
 def test_sets_that_do_not_fit(
@@ -467,7 +517,7 @@ def test_sets_that_do_not_fit(
 
 
 def test_out_that_is_a_file(saved: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot be written.*another --out"):
+    with pytest.raises(InputError, match=r"cannot be written.*a file is in the place"):
         evaluate.run(quick(set=str(saved), out=str(saved)))
 
 

@@ -256,6 +256,8 @@ NAN = torch.full_like(IMAGES, float("nan"))
         ({"data": [[IMAGES[:0], LABELS[:0]]]}, r"\[0, 3, 8, 8\]"),
         ({"data": [[IMAGES, LABELS[:3]]]}, "one for each of 4 images"),
         ({"data": [[IMAGES, LABELS.float()]]}, "must be integers"),
+        ({"data": [[IMAGES, LABELS.cfloat()]]}, "plain tensors of images and labels"),
+        ([IMAGES.cfloat(), LABELS], "plain tensors of images and labels"),
         ({"data": [[IMAGES, LABELS - 1]]}, "from -1 to 0"),
         ({"data": [[IMAGES, LABELS + 9]]}, "from 9 to 10.* 0 to 9, as there are 10 class names"),
         ([IMAGES, LABELS, LABELS], "plain tensors of images and labels"),
@@ -313,6 +315,27 @@ def test_places_without_a_set(tmp_path: Path) -> None:
     make_set().save(tmp_path / "set.safetensors")
     with pytest.raises(InputError, match="no experiment 3"):
         SyntheticSet.load(tmp_path / "set.safetensors", 3)
+
+
+def test_a_folder_of_runs(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_set().save(tmp_path / name / "synthetic.safetensors")
+        save_grid(tmp_path / name / "grid.png", make_set())
+    with pytest.raises(InputError, match="holds the runs a, b: name one of them"):
+        SyntheticSet.load(tmp_path)
+
+
+def test_an_archive_of_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", images=IMAGES.numpy())
+    with pytest.raises(InputError, match="no known format: choose one of safetensors, res, mtt"):
+        SyntheticSet.load(tmp_path / "set.npz")
+
+
+def test_labels_in_a_column(tmp_path: Path) -> None:
+    torch.save({"data": [[IMAGES, LABELS[:, None]]]}, tmp_path / "set.pt")
+    back = SyntheticSet.load(tmp_path / "set.pt")
+    assert torch.equal(back.labels, LABELS)
+    assert back.soft_labels is None
 
 
 def test_pictures_of_two_sizes(tmp_path: Path) -> None:
@@ -428,7 +451,7 @@ def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     published_res(tmp_path / "res.pt")
     options = ["--mean", "0.5", "0.5", "0.5", "--std", "0.2", "0.2", "0.2", "--experiment", "0"]
     out = tmp_path / "pictures"
-    export.main([str(tmp_path / "res.pt"), "--format", "png", "--out", str(out), *options])
+    export._main([str(tmp_path / "res.pt"), "--format", "png", "--out", str(out), *options])
     assert f"{out}: 2 images, png: clipped and rounded" in capsys.readouterr().out
     assert SyntheticSet.load(out).mean == (0.5, 0.5, 0.5)
 
