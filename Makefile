@@ -14,6 +14,10 @@ STAMP := $(if $(ACTIVE),build/installed-$(call checksum,$(ACTIVE)),.venv/install
 
 .PHONY: demo test build lint format clean
 
+# Compiles CUDA sources only for a GPU that is there.
+CAPABILITY := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)
+demo: export DMFAST_CUDA ?= $(if $(CAPABILITY),,0)
+demo: export TORCH_CUDA_ARCH_LIST ?= $(CAPABILITY)
 demo: build
 	"$(PY)" -m dmfast.demo
 
