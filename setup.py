@@ -79,9 +79,8 @@ def find_cuda() -> Path | None:
 def arch_flags() -> str:
     """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, as torch reads it: "8.0;9.0a;12.0+PTX"."""
     flags = []
-    for entry in (
-        (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS).replace(" ", ";").split(";")
-    ):
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+    for entry in archs.replace(" ", ";").split(";"):
         arch, _, ptx = entry.partition("+")
         number = arch.replace(".", "")
         if not number.rstrip("af").isdigit() or ptx not in ("", "PTX"):
