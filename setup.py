@@ -46,7 +46,9 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
 ROOT = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
 DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
-# -ffp-contract=off and --fmad=false (draw_*.cu): drawn numbers are the same bits on every device.
+# -ffp-contract=off and --fmad=false: what is drawn has the same bits on every device, and forward
+# and adjoint of a sample round their coordinates alike.
+WITHOUT_FMAD = ("draw", "augment")
 CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off"
 NVCC_FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
 DEFINES = "-DTORCH_TARGET_VERSION=0x020b000000000000 -DTORCH_STABLE_ONLY"
@@ -134,10 +136,12 @@ class NinjaBuild(build_ext):
             link += " -lcudart_static -lrt -ldl -lpthread"
         if sys.platform == "darwin":
             link += " -undefined dynamic_lookup"
+        # With it the operators are registered for CUDA tensors too.
+        defines = f"{DEFINES} -DDMFAST_CUDA" if cuda_sources else DEFINES
         lines = [
             f"cxx = {os.environ.get('CXX', 'c++')}",
             "rule cxx",
-            f"  command = $cxx {CXX_FLAGS} {DEFINES} {includes} -MMD -MF $out.d -c $in -o $out",
+            f"  command = $cxx {CXX_FLAGS} {defines} {includes} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
@@ -152,7 +156,7 @@ class NinjaBuild(build_ext):
             objects.append(f"{source.name}.o")
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             lines.append(f"build {source.name}.o: {rule} {escape(source)}")
-            if source.name.startswith("draw") and rule == "nvcc":
+            if source.name.startswith(WITHOUT_FMAD) and rule == "nvcc":
                 lines.append("  flags = --fmad=false")
         lines.append(f"build {escape(output)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"

@@ -44,11 +44,12 @@ DMFAST_HD bool is_identity_row(const float* params) {
   return same;
 }
 
-DMFAST_HD int64_t to_pixels(float value) {
+template <typename index_t>
+DMFAST_HD index_t to_pixels(float value) {
   // Far beyond any image is as good as any farther; NaN becomes 0.
   const float limit = 1e9f;
-  if (!(value > -limit)) return value < 0 ? static_cast<int64_t>(-limit) : 0;
-  return static_cast<int64_t>(value < limit ? std::nearbyint(value) : limit);
+  if (!(value > -limit)) return value < 0 ? static_cast<index_t>(-limit) : 0;
+  return static_cast<index_t>(value < limit ? std::nearbyint(value) : limit);
 }
 
 // ---- Color -------------------------------------------------------------------------------------
@@ -79,23 +80,26 @@ DMFAST_HD acc_t about_adjoint(acc_t gradient, acc_t mean_gradient, acc_t factor)
   return gradient * factor + mean_gradient * (acc_t(1) - factor);
 }
 
-// ---- Crop, cutout, flip: each output pixel has one source or none
-// --------------------------------
+// ---- Crop, cutout, flip: each output pixel has one source or none ------------------------------
 
+// index_t holds coordinates: 32 bits are enough, and faster on a GPU, for sides below kLargestSide.
+constexpr int64_t kLargestSide = int64_t{1} << 30;
+
+template <typename index_t = int64_t>
 struct Shift {
-  int64_t height, width;
-  int64_t crop_y, crop_x, cut_top, cut_left, cut_bottom, cut_right;
+  index_t height, width;
+  index_t crop_y, crop_x, cut_top, cut_left, cut_bottom, cut_right;
   bool flip;
 
-  DMFAST_HD Shift(const float* params, int64_t image_height, int64_t image_width)
+  DMFAST_HD Shift(const float* params, index_t image_height, index_t image_width)
       : height(image_height),
         width(image_width),
-        crop_y(to_pixels(params[kCropY])),
-        crop_x(to_pixels(params[kCropX])),
-        cut_top(to_pixels(params[kCutTop])),
-        cut_left(to_pixels(params[kCutLeft])),
-        cut_bottom(cut_top + to_pixels(params[kCutHeight])),
-        cut_right(cut_left + to_pixels(params[kCutWidth])),
+        crop_y(to_pixels<index_t>(params[kCropY])),
+        crop_x(to_pixels<index_t>(params[kCropX])),
+        cut_top(to_pixels<index_t>(params[kCutTop])),
+        cut_left(to_pixels<index_t>(params[kCutLeft])),
+        cut_bottom(cut_top + to_pixels<index_t>(params[kCutHeight])),
+        cut_right(cut_left + to_pixels<index_t>(params[kCutWidth])),
         flip(params[kFlip] != 0.0f) {}
 
   DMFAST_HD bool is_identity() const {
@@ -103,29 +107,34 @@ struct Shift {
     return crop_y == 0 && crop_x == 0 && !cuts && !flip;
   }
 
-  // Index (y * width + x) of the source of output pixel (y, x), or -1 where the output is 0.
-  DMFAST_HD int64_t source(int64_t y, int64_t x) const {
-    if (flip) x = width - 1 - x;
-    if (y >= cut_top && y < cut_bottom && x >= cut_left && x < cut_right) return -1;
-    return inside(y + crop_y, x + crop_x);
+  // Takes output pixel (y, x) to its source; false where it has none and the output is 0.
+  DMFAST_HD bool source(index_t* y, index_t* x) const {
+    if (flip) *x = width - 1 - *x;
+    if (cut(*y, *x)) return false;
+    *y += crop_y;
+    *x += crop_x;
+    return inside(*y, *x);
   }
 
-  // Index of the one output pixel that reads source pixel (y, x), or -1: the adjoint's source.
-  DMFAST_HD int64_t target(int64_t y, int64_t x) const {
-    y -= crop_y;
-    x -= crop_x;
-    if (y >= cut_top && y < cut_bottom && x >= cut_left && x < cut_right) return -1;
-    return inside(y, flip ? width - 1 - x : x);
+  // Takes source pixel (y, x) to the one output pixel that reads it; false where none does.
+  DMFAST_HD bool target(index_t* y, index_t* x) const {
+    *y -= crop_y;
+    *x -= crop_x;
+    if (cut(*y, *x) || !inside(*y, *x)) return false;
+    if (flip) *x = width - 1 - *x;
+    return true;
   }
 
  private:
-  DMFAST_HD int64_t inside(int64_t y, int64_t x) const {
-    return y >= 0 && y < height && x >= 0 && x < width ? y * width + x : -1;
+  DMFAST_HD bool cut(index_t y, index_t x) const {
+    return y >= cut_top && y < cut_bottom && x >= cut_left && x < cut_right;
+  }
+  DMFAST_HD bool inside(index_t y, index_t x) const {
+    return y >= 0 && y < height && x >= 0 && x < width;
   }
 };
 
-// ---- Scale and rotate: bilinear samples under a linear map about the image's centre
-// --------------
+// ---- Scale and rotate: bilinear samples under a linear map about the image's centre ------------
 
 // Weight of a sample at distance d: the one expression that forward and adjoint share, so that the
 // one is the exact transpose of the other.
@@ -135,34 +144,49 @@ DMFAST_HD acc_t tent(acc_t d) {
   return weight > acc_t(0) ? weight : acc_t(0);  // NaN: 0
 }
 
-template <typename acc_t>
+template <typename index_t>
 struct Range {  // first <= i < last
-  int64_t first, last;
+  index_t first, last;
+
+  static DMFAST_HD Range one(index_t i) { return Range{i, i + 1}; }
+
+  // The integers i with |i - centre| < 1, in [0, size).
+  template <typename acc_t>
+  static DMFAST_HD Range beside(acc_t centre, index_t size) {
+    // Also empty for NaN: such a pixel is made of nothing.
+    if (!(centre > acc_t(-1) && centre < acc_t(size))) return Range{0, 0};
+    const index_t low = static_cast<index_t>(std::floor(centre));
+    return Range{low < 0 ? 0 : low, low + 2 < size ? low + 2 : size};
+  }
 
   // The integers within `reach` of `centre` (and a little more, against rounding), in [0, size).
-  DMFAST_HD Range(acc_t centre, acc_t reach, int64_t size) {
+  template <typename acc_t>
+  static DMFAST_HD Range within(acc_t centre, acc_t reach, index_t size) {
     const acc_t slack = acc_t(1) / acc_t(64);
     const acc_t low = std::ceil(centre - reach - slack), high = std::floor(centre + reach + slack);
     // Written so that NaN and infinity, from a map that cannot be inverted, take the whole range.
-    first = low > acc_t(0) ? (low < acc_t(size) ? static_cast<int64_t>(low) : size) : 0;
-    last = high < acc_t(size - 1) ? (high >= acc_t(0) ? static_cast<int64_t>(high) + 1 : 0) : size;
+    return Range{
+        low > acc_t(0) ? (low < acc_t(size) ? static_cast<index_t>(low) : size) : 0,
+        high < acc_t(size - 1) ? (high >= acc_t(0) ? static_cast<index_t>(high) + 1 : 0) : size};
   }
 };
 
-template <typename acc_t>
+template <typename acc_t, typename index_t = int64_t>
 struct Warp {
-  int64_t height, width;
+  index_t height, width;
   acc_t centre_y, centre_x;
   acc_t xx, xy, yx, yy;      // source = matrix (output - centre) + centre, in pixels
   acc_t ixx, ixy, iyx, iyy;  // and its inverse
 
+  Warp() = default;
+
   // Factors sx and sy: the source of output x is (x + .5 - W/2) sx + W/2 - .5.
-  static DMFAST_HD Warp scale(const float* params, int64_t height, int64_t width) {
+  static DMFAST_HD Warp scale(const float* params, index_t height, index_t width) {
     return Warp(params[kScaleX], 0, 0, params[kScaleY], height, width);
   }
 
   // u cos a - v sin a, u sin a + v cos a with u = (2x + 1)/W - 1 and v = (2y + 1)/H - 1.
-  static DMFAST_HD Warp rotate(const float* params, int64_t height, int64_t width) {
+  static DMFAST_HD Warp rotate(const float* params, index_t height, index_t width) {
     const double c = std::cos(static_cast<double>(params[kAngle]));
     const double s = std::sin(static_cast<double>(params[kAngle]));
     const double aspect = static_cast<double>(width) / static_cast<double>(height);
@@ -170,54 +194,63 @@ struct Warp {
   }
 
   // Where output pixel (y, x) samples.
-  DMFAST_HD void source(int64_t y, int64_t x, acc_t* source_y, acc_t* source_x) const {
+  DMFAST_HD void source(index_t y, index_t x, acc_t* source_y, acc_t* source_x) const {
     const acc_t dy = acc_t(y) - centre_y, dx = acc_t(x) - centre_x;
     *source_y = yx * dx + yy * dy + centre_y;
     *source_x = xx * dx + xy * dy + centre_x;
   }
 
-  // Calls visit(index, weight) for each pixel (index = y * width + x) inside the image that output
-  // pixel (y, x) is made of: four at most.
+  // Calls visit(y, x, weight) for each pixel inside the image that output pixel (y, x) is made of:
+  // four at most. A map that is not `used` is the identity, by the same code: a GPU then has one
+  // loop for every image.
   template <typename Visit>
-  DMFAST_HD void sources(int64_t y, int64_t x, const Visit& visit) const {
-    acc_t sy, sx;
-    source(y, x, &sy, &sx);
-    // Also false for NaN: such a pixel is made of nothing.
-    if (!(sy > acc_t(-1) && sy < acc_t(height) && sx > acc_t(-1) && sx < acc_t(width))) return;
-    const int64_t y0 = static_cast<int64_t>(std::floor(sy));
-    const int64_t x0 = static_cast<int64_t>(std::floor(sx));
-    for (int64_t py = y0 < 0 ? 0 : y0; py <= y0 + 1 && py < height; ++py) {
+  DMFAST_HD void sources(index_t y, index_t x, const Visit& visit, bool used = true) const {
+    acc_t sy = acc_t(y), sx = acc_t(x);
+    Range<index_t> rows = Range<index_t>::one(y), columns = Range<index_t>::one(x);
+    if (used) {
+      source(y, x, &sy, &sx);
+      rows = Range<index_t>::beside(sy, height);
+      columns = Range<index_t>::beside(sx, width);
+    }
+    DMFAST_ROLLED
+    for (index_t py = rows.first; py < rows.last; ++py) {
       const acc_t weight_y = tent(sy - acc_t(py));
-      for (int64_t px = x0 < 0 ? 0 : x0; px <= x0 + 1 && px < width; ++px) {
+      DMFAST_ROLLED
+      for (index_t px = columns.first; px < columns.last; ++px) {
         // Without weight a pixel is no part of the sum, even where it is infinite.
         const acc_t weight = weight_y * tent(sx - acc_t(px));
-        if (weight > acc_t(0)) visit(py * width + px, weight);
+        if (weight > acc_t(0)) visit(py, px, weight);
       }
     }
   }
 
-  // Calls visit(index, weight) for each output pixel that source pixel (y, x) goes into: the
+  // Calls visit(y, x, weight) for each output pixel that source pixel (y, x) goes into: the
   // adjoint by gathering, in a fixed order. The candidates are those whose source can lie within
   // one pixel of (y, x): the bounding box of that square under the inverse map.
   template <typename Visit>
-  DMFAST_HD void targets(int64_t y, int64_t x, const Visit& visit) const {
-    const acc_t dy = acc_t(y) - centre_y, dx = acc_t(x) - centre_x;
-    const Range<acc_t> rows(iyx * dx + iyy * dy + centre_y, std::fabs(iyx) + std::fabs(iyy),
-                            height);
-    const Range<acc_t> columns(ixx * dx + ixy * dy + centre_x, std::fabs(ixx) + std::fabs(ixy),
-                               width);
-    for (int64_t ty = rows.first; ty < rows.last; ++ty) {
-      for (int64_t tx = columns.first; tx < columns.last; ++tx) {
-        acc_t sy, sx;
-        source(ty, tx, &sy, &sx);
+  DMFAST_HD void targets(index_t y, index_t x, const Visit& visit, bool used = true) const {
+    Range<index_t> rows = Range<index_t>::one(y), columns = Range<index_t>::one(x);
+    if (used) {
+      const acc_t dy = acc_t(y) - centre_y, dx = acc_t(x) - centre_x;
+      rows = Range<index_t>::within(iyx * dx + iyy * dy + centre_y, std::fabs(iyx) + std::fabs(iyy),
+                                    height);
+      columns = Range<index_t>::within(ixx * dx + ixy * dy + centre_x,
+                                       std::fabs(ixx) + std::fabs(ixy), width);
+    }
+    DMFAST_ROLLED
+    for (index_t ty = rows.first; ty < rows.last; ++ty) {
+      DMFAST_ROLLED
+      for (index_t tx = columns.first; tx < columns.last; ++tx) {
+        acc_t sy = acc_t(y), sx = acc_t(x);
+        if (used) source(ty, tx, &sy, &sx);
         const acc_t weight = tent(sy - acc_t(y)) * tent(sx - acc_t(x));
-        if (weight > acc_t(0)) visit(ty * width + tx, weight);
+        if (weight > acc_t(0)) visit(ty, tx, weight);
       }
     }
   }
 
  private:
-  DMFAST_HD Warp(double a, double b, double c, double d, int64_t image_height, int64_t image_width)
+  DMFAST_HD Warp(double a, double b, double c, double d, index_t image_height, index_t image_width)
       : height(image_height),
         width(image_width),
         centre_y(acc_t(image_height - 1) / acc_t(2)),

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "augment.h"
+#include "cpu_types.h"
 
 namespace dmfast {
 namespace {
@@ -55,8 +56,8 @@ class Buffers {
 };
 
 template <typename acc_t>
-void add_weighted(const Scratch<acc_t>& from, int64_t index, acc_t weight, acc_t* to) {
-  const acc_t* source = from.at(index);
+void add_weighted(const Scratch<acc_t>& from, int64_t y, int64_t x, acc_t weight, acc_t* to) {
+  const acc_t* source = from.at(y * from.size.width + x);
   for (int64_t c = 0; c < from.size.channels; ++c) {
     to[c * from.channel] += weight * source[c * from.channel];
   }
@@ -118,21 +119,22 @@ void apply_color_adjoint(const Color<acc_t>& color, const Scratch<acc_t>& image)
 }
 
 template <typename acc_t>
-void apply_shift(const Shift& shift, bool adjoint, Buffers<acc_t>& buffers) {
+void apply_shift(const Shift<>& shift, bool adjoint, Buffers<acc_t>& buffers) {
   if (shift.is_identity()) return;
   buffers.transform([&](int64_t y, int64_t x, const Scratch<acc_t>& from, acc_t* to) {
-    const int64_t index = adjoint ? shift.target(y, x) : shift.source(y, x);
-    if (index < 0) return;
-    for (int64_t c = 0; c < from.size.channels; ++c) {
-      to[c * from.channel] = from.at(index)[c * from.channel];
-    }
+    if (!(adjoint ? shift.target(&y, &x) : shift.source(&y, &x))) return;
+    const acc_t* source = from.at(y * from.size.width + x);
+    for (int64_t c = 0; c < from.size.channels; ++c)
+      to[c * from.channel] = source[c * from.channel];
   });
 }
 
 template <typename acc_t>
 void apply_warp(const Warp<acc_t>& warp, bool adjoint, Buffers<acc_t>& buffers) {
   buffers.transform([&](int64_t y, int64_t x, const Scratch<acc_t>& from, acc_t* to) {
-    const auto add = [&](int64_t index, acc_t weight) { add_weighted(from, index, weight, to); };
+    const auto add = [&](int64_t source_y, int64_t source_x, acc_t weight) {
+      add_weighted(from, source_y, source_x, weight, to);
+    };
     adjoint ? warp.targets(y, x, add) : warp.sources(y, x, add);
   });
 }
@@ -141,7 +143,7 @@ template <typename acc_t>
 void augment(const float* params, Buffers<acc_t>& buffers) {
   const ImageSize size = buffers.image().size;
   apply_color(Color<acc_t>(params), buffers.image());
-  apply_shift(Shift(params, size.height, size.width), false, buffers);
+  apply_shift(Shift<>(params, size.height, size.width), false, buffers);
   if (params[kScaleX] != 1.0f || params[kScaleY] != 1.0f) {
     apply_warp(Warp<acc_t>::scale(params, size.height, size.width), false, buffers);
   }
@@ -159,7 +161,7 @@ void augment_adjoint(const float* params, Buffers<acc_t>& buffers) {
   if (params[kScaleX] != 1.0f || params[kScaleY] != 1.0f) {
     apply_warp(Warp<acc_t>::scale(params, size.height, size.width), true, buffers);
   }
-  apply_shift(Shift(params, size.height, size.width), true, buffers);
+  apply_shift(Shift<>(params, size.height, size.width), true, buffers);
   apply_color_adjoint(Color<acc_t>(params), buffers.image());
 }
 

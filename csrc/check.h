@@ -127,6 +127,21 @@ inline Groups cpu_groups(const char* op, const char* argument, const std::option
   return {data, groups, rows};
 }
 
+// Offsets of rows that lie where `like` does. On a GPU their values are not read: kernels clamp
+// them.
+inline Groups checked_groups(const char* op, const char* argument,
+                             const std::optional<Tensor>& offsets, int64_t groups, int64_t rows,
+                             const Tensor& like) {
+  if (like.is_cpu() || !offsets) return cpu_groups(op, argument, offsets, groups, rows);
+  check_rank(op, argument, *offsets, 1, "[groups + 1]");
+  check_dtype(op, argument, *offsets, ScalarType::Long);
+  check_same_device(op, argument, *offsets, "the rows", like);
+  check(offsets->is_contiguous(), op, ": ", argument, " must be contiguous");
+  check(offsets->size(0) == groups + 1, op, ": ", argument, " must have ", groups + 1,
+        " elements (groups + 1), got ", offsets->size(0));
+  return {offsets->const_data_ptr<int64_t>(), groups, rows};
+}
+
 inline Draw draw_key(const char* op, int64_t seed, int64_t step,
                      const std::optional<Tensor>& step_tensor, int64_t stream) {
   if (step_tensor) {

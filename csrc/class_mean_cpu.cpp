@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "cpu_types.h"
+
 namespace dmfast {
 namespace {
 

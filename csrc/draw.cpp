@@ -11,6 +11,9 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu_types.h"
+#include "draw_cuda.h"
+#include "stable_compat.h"
 
 namespace dmfast {
 namespace {
@@ -50,11 +53,23 @@ AugmentationRanges ranges(const char* op, const std::vector<double>& strength, i
   return range;
 }
 
+#ifdef DMFAST_CUDA
+DeviceDraw device_draw(const char* op, int64_t seed, int64_t step,
+                       const std::optional<Tensor>& step_tensor, int64_t stream,
+                       const Tensor& like) {
+  if (!step_tensor) return {draw_key(op, seed, step, std::nullopt, stream), nullptr};
+  check_dtype(op, "step", *step_tensor, ScalarType::Long);
+  check(step_tensor->numel() == 1, op, ": step must have one element, got ", step_tensor->numel());
+  check_same_device(op, "step", *step_tensor, "the other tensors", like);
+  return {draw_key(op, seed, 0, std::nullopt, stream), step_tensor->const_data_ptr<int64_t>()};
+}
+#endif
+
 // params [groups * rows, 13]
-void draw_augmentation_cpu(const Tensor& params, std::vector<int64_t> words, bool all,
-                           int64_t groups, int64_t rows, int64_t height, int64_t width,
-                           std::vector<double> strength, int64_t seed, int64_t step,
-                           std::optional<Tensor> step_tensor, int64_t first_group, int64_t stream) {
+void draw_augmentation(const Tensor& params, std::vector<int64_t> words, bool all, int64_t groups,
+                       int64_t rows, int64_t height, int64_t width, std::vector<double> strength,
+                       int64_t seed, int64_t step, std::optional<Tensor> step_tensor,
+                       int64_t first_group, int64_t stream) {
   const char* op = "draw_augmentation";
   check_rank(op, "params", params, 2, "[groups * rows, 13]");
   check_dtype(op, "params", params, ScalarType::Float);
@@ -68,8 +83,23 @@ void draw_augmentation_cpu(const Tensor& params, std::vector<int64_t> words, boo
     check(word >= 0 && word < kWords, op, ": words must be from 0 to ", kWords - 1, ", got ", word);
   }
   check_numbers(op, "first_group", first_group, groups);
-  const Draw draw = draw_key(op, seed, step, step_tensor, stream);
   const AugmentationRanges range = ranges(op, strength, height, width);
+#ifdef DMFAST_CUDA
+  if (!params.is_cpu()) {
+    check(words.size() <= kMostWords, op, ": words must have at most ", kMostWords,
+          " elements on a GPU, got ", words.size());
+    const DeviceDraw device = device_draw(op, seed, step, step_tensor, stream, params);
+    Strategy strategy{{}, static_cast<int>(words.size()), all};
+    std::copy(words.begin(), words.end(), strategy.word);
+    launch_on(op, params, [&](void* cuda_stream) {
+      return draw_augmentation_launch(device, strategy, range, groups, rows,
+                                      static_cast<uint32_t>(first_group),
+                                      static_cast<float*>(params.mutable_data_ptr()), cuda_stream);
+    });
+    return;
+  }
+#endif
+  const Draw draw = draw_key(op, seed, step, step_tensor, stream);
   unsigned every_word = 0;
   for (const int64_t word : words) every_word |= 1u << word;
   float* table = static_cast<float*>(params.mutable_data_ptr());
@@ -86,22 +116,37 @@ void draw_augmentation_cpu(const Tensor& params, std::vector<int64_t> words, boo
 }
 
 // order [M], class_offsets [K + 1] into it, offsets [K + 1] -> [rows]
-Tensor draw_batch_cpu(const Tensor& order, const Tensor& class_offsets, const Tensor& offsets,
-                      int64_t rows, int64_t seed, int64_t step, std::optional<Tensor> step_tensor,
-                      int64_t first_class, int64_t stream) {
+Tensor draw_batch(const Tensor& order, const Tensor& class_offsets, const Tensor& offsets,
+                  int64_t rows, int64_t seed, int64_t step, std::optional<Tensor> step_tensor,
+                  int64_t first_class, int64_t stream) {
   const char* op = "draw_batch";
   check_rank(op, "order", order, 1, "[images]");
   check_rank(op, "class_offsets", class_offsets, 1, "[classes + 1]");
   for (const auto& [argument, tensor] :
        {std::pair{"order", &order}, std::pair{"class_offsets", &class_offsets}}) {
     check_dtype(op, argument, *tensor, ScalarType::Long);
-    check(tensor->is_cpu() && tensor->is_contiguous(), op, ": ", argument,
-          " must be contiguous and on the device of order");
+    check_same_device(op, argument, *tensor, "order", order);
+    check(tensor->is_contiguous(), op, ": ", argument, " must be contiguous");
   }
   const int64_t classes = class_offsets.size(0) - 1;
   check(classes >= 0, op, ": class_offsets must have at least one element");
-  const Groups batch = cpu_groups(op, "offsets", offsets, classes, rows);
+  const Groups batch = checked_groups(op, "offsets", offsets, classes, rows, order);
   check_numbers(op, "first_class", first_class, classes);
+#ifdef DMFAST_CUDA
+  if (!order.is_cpu()) {
+    check(rows >= 0, op, ": rows must be 0 or more, got ", rows);
+    const DeviceDraw device = device_draw(op, seed, step, step_tensor, stream, order);
+    const ClampedGroups images{class_offsets.const_data_ptr<int64_t>(), classes, order.size(0)};
+    Tensor index = torch::stable::new_empty(order, {rows});
+    launch_on(op, order, [&](void* cuda_stream) {
+      return draw_batch_launch(device, order.const_data_ptr<int64_t>(), images,
+                               {batch.offsets, batch.groups, batch.rows},
+                               static_cast<uint32_t>(first_class),
+                               static_cast<int64_t*>(index.mutable_data_ptr()), cuda_stream);
+    });
+    return index;
+  }
+#endif
   const Draw draw = draw_key(op, seed, step, step_tensor, stream);
   const int64_t* starts = class_offsets.const_data_ptr<int64_t>();
   for (int64_t k = 0; k < classes; ++k) {
@@ -145,15 +190,22 @@ void draw_tensor(const Draw& draw, uint32_t network, uint32_t first_block, float
 }
 
 // tensors: each [...] or, with networks, [networks, ...]
-void draw_weights_cpu(std::vector<Tensor> tensors, std::vector<double> bounds, int64_t seed,
-                      int64_t step, std::optional<Tensor> step_tensor,
-                      std::optional<int64_t> networks, int64_t first_network, int64_t stream) {
+void draw_weights(std::vector<Tensor> tensors, std::vector<double> bounds, int64_t seed,
+                  int64_t step, std::optional<Tensor> step_tensor, std::optional<int64_t> networks,
+                  int64_t first_network, int64_t stream) {
   const char* op = "draw_weights_";
   check(tensors.size() == bounds.size(), op, ": bounds must have one element a tensor (",
         tensors.size(), "), got ", bounds.size());
   const int64_t count = networks.value_or(1);
   check_numbers(op, "first_network", first_network, count);
-  const Draw draw = draw_key(op, seed, step, step_tensor, stream);
+  const bool on_cpu = tensors.empty() || tensors[0].is_cpu();
+#ifdef DMFAST_CUDA
+  const DeviceDraw device =
+      on_cpu ? DeviceDraw{} : device_draw(op, seed, step, step_tensor, stream, tensors[0]);
+  std::vector<Weights> weights;
+#endif
+  const Draw draw = on_cpu ? draw_key(op, seed, step, step_tensor, stream) : Draw{};
+  std::vector<std::pair<Tensor, Tensor>> copies;  // of tensors that are not contiguous
   int64_t first_block = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const Tensor& tensor = tensors[t];
@@ -161,6 +213,7 @@ void draw_weights_cpu(std::vector<Tensor> tensors, std::vector<double> bounds, i
           ": bounds must be finite in float32 and 0 or more, got ", bounds[t], " at position ", t);
     check(!networks || (tensor.dim() >= 1 && tensor.size(0) == count), op, ": tensor ", t,
           " must have ", count, " networks on its leading axis, got shape ", shape(tensor));
+    check_same_device(op, "tensors", tensor, "one another", tensors[0]);
     const DType dtype = floating_dtype(op, "tensors", tensor.scalar_type());
     check_no_overlap(op, "tensor", static_cast<int64_t>(t), tensor);
     const int64_t elements = count > 0 ? tensor.numel() / count : 0;
@@ -170,28 +223,50 @@ void draw_weights_cpu(std::vector<Tensor> tensors, std::vector<double> bounds, i
     // Elements are numbered in logical order, whatever the strides.
     Tensor dense =
         tensor.is_contiguous() ? tensor : torch::stable::new_empty(tensor, tensor.sizes());
-    with_dtype(dtype, [&](auto element) {
-      using T = decltype(element);
-      T* to = static_cast<T*>(dense.mutable_data_ptr());
-      for (int64_t r = 0; r < count; ++r) {
-        draw_tensor(draw, static_cast<uint32_t>(first_network + r),
-                    static_cast<uint32_t>(first_block), static_cast<float>(bounds[t]),
-                    to + r * elements, elements);
-      }
-    });
-    if (!tensor.is_contiguous()) {
-      Tensor target = tensor;
-      torch::stable::copy_(target, dense);
+    if (!tensor.is_contiguous()) copies.emplace_back(tensor, dense);
+    const float bound = static_cast<float>(bounds[t]);
+    if (on_cpu) {
+      with_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        T* to = static_cast<T*>(dense.mutable_data_ptr());
+        for (int64_t r = 0; r < count; ++r) {
+          draw_tensor(draw, static_cast<uint32_t>(first_network + r),
+                      static_cast<uint32_t>(first_block), bound, to + r * elements, elements);
+        }
+      });
     }
+#ifdef DMFAST_CUDA
+    if (!on_cpu) {
+      weights.push_back(
+          {dense.mutable_data_ptr(), dtype, bound, elements, static_cast<uint32_t>(first_block)});
+    }
+#endif
     first_block += blocks;
   }
+#ifdef DMFAST_CUDA
+  if (!weights.empty()) {
+    launch_on(op, tensors[0], [&](void* cuda_stream) {
+      return draw_weights_launch(device, weights.data(), static_cast<int>(weights.size()), count,
+                                 static_cast<uint32_t>(first_network), cuda_stream);
+    });
+  }
+#endif
+  for (auto& [tensor, dense] : copies) torch::stable::copy_(tensor, dense);
 }
 
 }  // namespace
 }  // namespace dmfast
 
 STABLE_TORCH_LIBRARY_IMPL(dmfast, CPU, m) {
-  m.impl("draw_augmentation_", TORCH_BOX(&dmfast::draw_augmentation_cpu));
-  m.impl("draw_batch", TORCH_BOX(&dmfast::draw_batch_cpu));
-  m.impl("draw_weights_", TORCH_BOX(&dmfast::draw_weights_cpu));
+  m.impl("draw_augmentation_", TORCH_BOX(&dmfast::draw_augmentation));
+  m.impl("draw_batch", TORCH_BOX(&dmfast::draw_batch));
+  m.impl("draw_weights_", TORCH_BOX(&dmfast::draw_weights));
 }
+
+#ifdef DMFAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(dmfast, CUDA, m) {
+  m.impl("draw_augmentation_", TORCH_BOX(&dmfast::draw_augmentation));
+  m.impl("draw_batch", TORCH_BOX(&dmfast::draw_batch));
+  m.impl("draw_weights_", TORCH_BOX(&dmfast::draw_weights));
+}
+#endif

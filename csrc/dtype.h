@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The four element types of the operators, without torch's tensor.
+// The element types of the operators by name, without any of their C++ types: torch's on the CPU
+// (cpu_types.h), our own in kernels (cuda_types.h).
 #pragma once
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <cstdint>
 
 namespace dmfast {
 
@@ -20,17 +16,5 @@ template <>
 struct Accumulator<double> {
   using type = double;
 };
-
-// Calls body(T{}) with the element type that dtype names.
-template <typename Body>
-void with_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat64: return body(double{});
-    case DType::kFloat32: return body(float{});
-    case DType::kFloat16: return body(c10::Half{});
-    case DType::kBFloat16: return body(c10::BFloat16{});
-    case DType::kUInt8: return body(uint8_t{});
-  }
-}
 
 }  // namespace dmfast

@@ -2,11 +2,19 @@
 // What torch's stable ABI lacks. Each shim says when it can go.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/MemoryFormat.h>
 
 #include <vector>
+
+#ifdef DMFAST_CUDA
+#include <dlfcn.h>
+
+#include "check.h"
+#include "cuda_launch.h"
+#endif
 
 namespace dmfast {
 
@@ -28,5 +36,33 @@ inline torch::stable::Tensor new_images(const torch::stable::Tensor& like,
                               channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
                                             : torch::headeronly::MemoryFormat::Contiguous);
 }
+
+#ifdef DMFAST_CUDA
+// torch's current stream on a device. The function that tells it lives in a library that only a
+// CUDA torch has, so it is looked up when it is first needed: linking to it would keep the
+// extension from loading beside a CPU torch. Goes for Stream::nativeHandle() when torch 2.13 is the
+// oldest.
+inline void* current_cuda_stream(const char* op, int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream")
+                                              : nullptr);
+  }();
+  check(function != nullptr, op, ": CUDA tensors need a CUDA build of torch");
+  void* stream = nullptr;
+  check(function(device, &stream) == 0, op, ": torch gave no current CUDA stream");
+  return stream;
+}
+
+// Calls launch(stream) with the device of `like` as the current one.
+template <typename Launch>
+void launch_on(const char* op, const Tensor& like, const Launch& launch) {
+  const int32_t device = static_cast<int32_t>(like.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int error = launch(current_cuda_stream(op, device));
+  check(error == 0, op, ": a kernel did not launch: ", cuda_error_text(error));
+}
+#endif
 
 }  // namespace dmfast

@@ -11,6 +11,11 @@ stands in ``csrc/philox.h``), never of a generator's state. ``seed`` is from 0 t
 ``step`` is an int from 0 to 2**32 - 1, or an int64 tensor of one element that is read when the
 operator runs; ``stream`` is the purpose.
 
+On a GPU nothing is synchronised, and every operator can be captured in a CUDA graph. What stands in
+a tensor there is not checked but made harmless: offsets and indices are clamped, rows that no group
+covers are zero, parameters with NaN give NaN images, a class with rows on one side only gives a NaN
+loss, a batch larger than its class begins again with its first image, a step counts modulo 2**32.
+
 Derivatives are those of reverse mode (``backward``, ``torch.autograd.grad``); forward mode
 (``torch.func.jvp``) and ``torch.func`` transforms are not supported.
 """

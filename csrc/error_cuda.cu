@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: MIT
+#include "cuda_host.h"
+#include "cuda_launch.h"
+
+namespace dmfast {
+
+const char* cuda_error_text(int error) {
+#if defined(__CUDACC__)
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+#else
+  return error == 0 ? "no error" : "the emulation refused the launch";
+#endif
+}
+
+}  // namespace dmfast

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA operators: that they compile and are registered, and on a GPU what they do."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, TABLES, Case
+from test_ops import DTYPES, MEAN, SIDES, STD, gather_arguments, sides
+from torch import Tensor
+
+from dmfast import _load, ops
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+ARCHS = ("80", "90a", "100")
+KERNELS = sorted(CSRC.glob("*.cu"))
+OP = torch.ops.dmfast
+
+
+# ---- Without a GPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
+    """For every generation that is named; registers and spills are printed (pytest -s)."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc here")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    flags = ["-O3", "-std=c++17", "--fmad=false", "--threads", "2", "-Xptxas", "-v"]
+    command = ["nvcc", *flags, *targets, "-c", str(source), "-o", str(tmp_path / "kernels.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = re.compile(
+        r"Compiling entry function '(\S+)' for 'sm_(\S+)'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    found = report.findall(done.stderr)
+    assert len(found) == done.stderr.count("Compiling entry function")
+    for kernel, arch, stores, loads, registers in found:
+        print(f"sm_{arch} {registers} registers, {stores}+{loads} bytes spilled: {kernel}")
+    spilled = [entry for entry in found if entry[2] != "0" or entry[3] != "0"]
+    assert spilled == []
+    assert bool(found) == ("__global__" in source.read_text())
+
+
+def test_every_operator_is_registered_where_cuda_was_built() -> None:
+    if not _load.has_cuda_operators():
+        if os.environ.get("DMFAST_CUDA") == "1":
+            pytest.fail("DMFAST_CUDA=1, but the build has no CUDA operators")
+        pytest.skip("built without CUDA operators")
+    names = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("dmfast::")}
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert {name for name in names if not registered(name, "CUDA")} == set()
+
+
+@pytest.mark.parametrize(("required", "outcome"), [("0", "1 skipped"), ("1", "1 error")])
+def test_a_missing_gpu_skips_or_fails(required: str, outcome: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    test = f"{__file__}::test_captured_draws_are_new_at_each_replay"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        env=os.environ | {"DMFAST_REQUIRE_CUDA": required},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome in done.stdout
+    assert "torch finds no GPU" in done.stdout
+
+
+# ---- On a GPU ----------------------------------------------------------------------------------
+
+
+def gpu(*values: object) -> list[object]:
+    return [v.cuda() if isinstance(v, Tensor) else v for v in values]
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.is_cuda
+    torch.testing.assert_close(actual.cpu(), expected, equal_nan=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_augment_matches_the_cpu(case: Case, dtype: torch.dtype, backward: bool) -> None:
+    operator = OP._siamese_augment_backward if backward else OP.siamese_augment
+    x = case.images(dtype)
+    arguments = x, case.params, case.offsets_tensor
+    of_gpu = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="cuda").copy_(x)
+    out = operator(of_gpu, *gpu(*arguments[1:]))
+    expected = operator(*arguments)
+    assert_close(out, expected)
+    assert out.stride() == expected.stride()
+    assert torch.equal(out, operator(of_gpu, *gpu(*arguments[1:])))  # to the bit
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gather_matches_the_cpu(dtype: torch.dtype) -> None:
+    images = torch.randint(0, 256, (5, 8, 9, 3), dtype=torch.uint8)
+    for source in (images, images / 255, images[:, ::2, 1:]):
+        arguments = gather_arguments(source, dtype)
+        assert_close(ops.gather_augment(*gpu(*arguments)), ops.gather_augment(*arguments))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SIDES)
+def test_discrepancy_matches_the_cpu(name: str, dtype: torch.dtype) -> None:
+    for features in (37, 640):
+        real, syn, *rest = sides(name, dtype, features=features)
+        results = []
+        for move in (lambda *v: list(v), gpu):
+            inputs = [t.requires_grad_() for t in move(real.detach(), syn.detach())]
+            loss = ops.class_mean_discrepancy(*inputs, *move(*rest))
+            results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+        for expected, actual in zip(*results, strict=True):
+            assert_close(actual, expected)
+
+
+@pytest.mark.cuda
+def test_draws_are_the_bits_of_the_cpu() -> None:
+    strategy = "color_crop_cutout_flip_scale_rotate"
+    for step in (0, 2**32 - 1):
+        on_gpu = torch.tensor([step], device="cuda")
+        drawn = ops.draw_augmentation(strategy, 50, (32, 32), 7, on_gpu, rows=3, stream=2)
+        expected = ops.draw_augmentation(strategy, 50, (32, 32), 7, step, rows=3, stream=2)
+        assert torch.equal(drawn.cpu(), expected)
+        split = torch.arange(1000), torch.tensor([0, 400, 1000]), torch.tensor([0, 64, 200])
+        index = ops.draw_batch(*gpu(*split), 200, 7, on_gpu, stream=1)
+        assert torch.equal(index.cpu(), ops.draw_batch(*split, 200, 7, step, stream=1))
+        for dtype in DTYPES:
+            tensors = [torch.empty(3, 5, 7, dtype=dtype), torch.empty(3, 9, dtype=dtype)]
+            on_device = gpu(*tensors)
+            ops.draw_weights_(on_device, [0.1, 2.0], 7, on_gpu, networks=3, stream=3)
+            ops.draw_weights_(tensors, [0.1, 2.0], 7, step, networks=3, stream=3)
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(on_device, tensors, strict=True))
+
+
+@pytest.mark.cuda
+def test_captured_draws_are_new_at_each_replay() -> None:
+    step = torch.zeros(1, dtype=torch.int64, device="cuda")
+    x = torch.randn(6, 3, 16, 16, device="cuda")
+
+    def augment() -> Tensor:
+        table = ops.draw_augmentation("color_crop_rotate", 3, (16, 16), 0, step, stream=2)
+        return ops.siamese_augment(x, table)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        augment()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = augment()
+        step += 1
+    step.zero_()
+    for number in range(3):
+        graph.replay()
+        table = ops.draw_augmentation("color_crop_rotate", 3, (16, 16), 0, number, stream=2)
+        assert_close(out, ops.siamese_augment(x.cpu(), table))
+
+
+@pytest.mark.cuda
+def test_what_is_not_read_on_the_host_is_clamped() -> None:
+    x = torch.randn(5, 3, 6, 6, device="cuda")
+    table = TABLES["identity"].repeat(2, 1).cuda()
+    out = ops.siamese_augment(x, table, torch.tensor([1, 3, 99], device="cuda"))
+    assert torch.equal(out[1:], x[1:])
+    assert not out[0].any()
+    table[0, 12] = torch.nan
+    out = ops.siamese_augment(x, table, torch.tensor([0, 2, 5], device="cuda"))
+    assert out[:2].isnan().all()
+    images = torch.rand(4, 6, 6, 3, device="cuda")
+    index = torch.tensor([-7, 99], device="cuda")
+    mean, std = gpu(MEAN, STD)
+    row = TABLES["identity"].cuda()
+    out = ops.gather_augment(images, index, row, mean, std, torch.float32)
+    clamped = index.clamp(0, 3)
+    assert torch.equal(out, ops.gather_augment(images, clamped, row, mean, std, torch.float32))
+
+
+@pytest.mark.cuda
+def test_devices_are_not_mixed() -> None:
+    x = torch.randn(2, 3, 6, 6, device="cuda")
+    with pytest.raises(RuntimeError, match="params must be on the device of the images"):
+        ops.siamese_augment(x, TABLES["identity"])
+
+
+@pytest.mark.cuda
+def test_more_than_two_to_the_31_elements() -> None:
+    count = 2**31 // (3 * 64 * 64) + 7
+    if torch.cuda.mem_get_info()[0] < 5 * count * 3 * 64 * 64:
+        pytest.skip("not enough memory on the GPU")
+    x = torch.zeros(count, 3, 64, 64, dtype=torch.bfloat16, device="cuda")
+    x[-1] = torch.arange(64, device="cuda")
+    out = ops.siamese_augment(x, TABLES["flip"].cuda())
+    assert torch.equal(out[-1], x[-1].flip(-1))
