@@ -539,8 +539,8 @@ def _parser() -> cli.Parser:
         *("--lr-img", "--lr_img"),
         metavar="RATE",
         type=float,
-        help="learning rate of the images, for the summed loss (default: the preset: 1, and 10 "
-        "for cifar10 from 100 images a class)",
+        help="learning rate of the images, for the summed loss (default: the preset: 1, but 10 "
+        "for digits, and for cifar10 from 100 images a class)",
     )
     add("--momentum", metavar="SHARE", type=float, help="of the images' SGD, 0 to below 1")
     add(

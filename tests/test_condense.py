@@ -117,7 +117,7 @@ def test_options_without_a_value_are_the_presets(out: Path, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     condense.run(CondenseConfig(ipc=1, iterations=1, batch_real=2))
     options = json.loads(Path("runs/digits-ConvNet-ipc1-seed0/config.json").read_text())["options"]
-    assert (options["model"], options["lr_img"], options["momentum"]) == ("ConvNet", 1.0, 0.5)
+    assert (options["model"], options["lr_img"], options["momentum"]) == ("ConvNet", 10.0, 0.5)
     assert options["classes_per_step"] == "auto"
     assert options["device"] in ("cpu", "cuda")
 
@@ -126,7 +126,7 @@ def test_options_without_a_value_are_the_presets(out: Path, monkeypatch, tmp_pat
     ("dataset", "ipc", "model", "lr_img", "flips"),
     [
         ("mnist", 1, "ConvNet", 1, False),
-        ("digits", 10, "ConvNet", 1, False),
+        ("digits", 10, "ConvNet", 10, False),
         ("svhn", 10, "ConvNet", 1, False),
         ("fashion-mnist", 10, "ConvNet", 1, True),
         ("cifar10", 99, "ConvNet", 1, True),
@@ -447,7 +447,7 @@ def test_help_names_every_option(capsys) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"lr_img": 3.0}, "--lr-img 1.0, not 3.0"),
+        ({"lr_img": 3.0}, "--lr-img 10.0, not 3.0"),
         ({"seed": 6}, "--seed 5, not 6"),
         ({"ipc": 3}, "--ipc 2, not 3"),
         ({"init": "noise"}, "--init 'real', not 'noise'"),
