@@ -38,7 +38,7 @@ class Buffers {
 
   const Scratch<acc_t>& image() const { return buffer_[current_]; }
 
-  // Makes every pixel anew: compute(p, from, to) fills the channels of pixel p, and to is zero.
+  // Makes every pixel anew: compute(y, x, from, to) fills its channels, and to is zero.
   template <typename Compute>
   void transform(const Compute& compute) {
     const Scratch<acc_t>&from = buffer_[current_], &to = buffer_[1 - current_];

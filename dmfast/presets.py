@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The paper's settings by data set and images a class: what an option is where none is given."""
+"""The settings by data set and images a class, the paper's where it has them: the defaults."""
 
 from __future__ import annotations
 
