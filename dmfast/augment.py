@@ -76,7 +76,7 @@ STRENGTH: Mapping[str, float] = MappingProxyType(
 )
 
 
-def parse_strategy(strategy: str) -> tuple[str, ...]:
+def parse_strategy(strategy: str, known: tuple[str, ...] = WORDS) -> tuple[str, ...]:
     """The words of a strategy, in its own order; ``""`` and ``"none"`` mean no augmentation.
 
     Raises:
@@ -86,10 +86,10 @@ def parse_strategy(strategy: str) -> tuple[str, ...]:
         return ()
     words = tuple(strategy.lower().split("_"))
     for word in words:
-        if word not in WORDS:
+        if word not in known:
             raise InputError(
                 f"augmentation strategy {strategy!r}: unknown transform {word!r}; choose from "
-                f"{', '.join(WORDS)}, joined by underscores, or none"
+                f"{', '.join(known)}, joined by underscores, or none"
             )
     return words
 

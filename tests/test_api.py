@@ -22,7 +22,12 @@ SURFACE = {
         "gather_augment(images, index, params, mean, std, dtype, offsets=None)",
         "siamese_augment(x, params, offsets=None)",
     ],
-    "dmfast.compat": ["DiffAugment(x, strategy='', seed=-1, param=None)", "ParamDiffAug()"],
+    "dmfast.compat": [
+        "DiffAug(strategy='color_crop_cutout_flip_scale_rotate', batch=False, ratio_cutout=0.5, "
+        "single=False)",
+        "DiffAugment(x, strategy='', seed=-1, param=None)",
+        "ParamDiffAug()",
+    ],
     "dmfast.networks": ["get_network(name, channels, classes, size, seed=None)"],
     "dmfast.data": ["ImageData", "load(name, root=None, *, cache=True, download=False)"],
     "dmfast.synthetic": ["FORMATS", "SyntheticSet", "save_grid"],
