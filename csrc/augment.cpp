@@ -79,7 +79,7 @@ Tensor map(const Direction& direction, const Tensor& x, const Tensor& params,
   const DType dtype = floating_dtype(op, direction.argument, x.scalar_type());
   const Rows rows = checked_rows(op, params, offsets, x.size(0), x);
   const ImageSize size{x.size(1), x.size(2), x.size(3)};
-  Tensor y = new_images(x, {x.size(0), size.channels, size.height, size.width}, x.scalar_type(),
+  Tensor y = new_images(op, x, {x.size(0), size.channels, size.height, size.width}, x.scalar_type(),
                         !x.is_contiguous() && is_channels_last(x));
   if (y.numel() == 0) return y;
   const Images from = as_images(x, dtype, const_cast<void*>(x.const_data_ptr()));
@@ -153,7 +153,7 @@ Tensor gather_augment(const Tensor& images, const Tensor& index, const Tensor& p
           images.size(0) - 1, ", got ", picks[n], " at position ", n);
   }
 
-  Tensor y = new_images(images, {count, size.channels, size.height, size.width}, dtype, true);
+  Tensor y = new_images(op, images, {count, size.channels, size.height, size.width}, dtype, true);
   if (y.numel() == 0) return y;
   const float* means = mean.const_data_ptr<float>();
   const float* deviations = std.const_data_ptr<float>();

@@ -2,15 +2,20 @@
 // One phrasing for every error: "<operator>: <argument> must be <what>, got <value>".
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "dtype.h"
 #include "philox.h"
@@ -29,12 +34,41 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape(const Tensor& tensor) {
+inline std::string shape(const std::vector<int64_t>& sizes) {
   std::ostringstream out;
   out << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
   out << ']';
   return out.str();
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
+  return sizes;
+}
+
+inline std::string shape(const Tensor& tensor) { return shape(sizes_of(tensor)); }
+
+// allocate() makes a tensor of these sizes; torch's own report of too large a one names no
+// operator.
+template <typename Allocate>
+Tensor allocated(const char* op, const std::vector<int64_t>& sizes, const Allocate& allocate) {
+  try {
+    return allocate();
+  } catch (const std::exception&) {
+    check(false, op, ": no memory for a tensor of shape ", shape(sizes));
+    throw;
+  }
+}
+
+inline Tensor contiguous(const char* op, const Tensor& tensor) {
+  return allocated(op, sizes_of(tensor), [&] { return torch::stable::contiguous(tensor); });
+}
+
+inline Tensor new_tensor(const char* op, const Tensor& like, const std::vector<int64_t>& sizes,
+                         ScalarType dtype) {
+  return allocated(op, sizes, [&] { return torch::stable::new_empty(like, sizes, dtype); });
 }
 
 inline const char* name(ScalarType type) {
@@ -46,7 +80,11 @@ inline const char* name(ScalarType type) {
     case ScalarType::Byte: return "uint8";
     case ScalarType::Long: return "int64";
     case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
     case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return "another dtype";
   }
 }
@@ -82,12 +120,21 @@ inline DType floating_dtype(const char* op, const char* argument, ScalarType typ
   return DType::kFloat32;
 }
 
-// Written to in place, so no element may be another as well.
+// Written to in place, so no element may be another as well: along the axes by ascending stride,
+// each must step over all that the ones before it reach.
 inline void check_no_overlap(const char* op, const char* argument, int64_t number,
                              const Tensor& tensor) {
+  if (tensor.numel() == 0) return;
+  std::vector<std::pair<int64_t, int64_t>> axes;
   for (int64_t i = 0; i < tensor.dim(); ++i) {
-    check(tensor.size(i) < 2 || tensor.stride(i) != 0, op, ": ", argument, " ", number,
-          " must not be expanded: its elements share memory; clone it first");
+    if (tensor.size(i) > 1) axes.emplace_back(tensor.stride(i), tensor.size(i));
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t reached = 0;
+  for (const auto& [stride, size] : axes) {
+    check(stride > reached, op, ": ", argument, " ", number,
+          " must not overlap itself (expanded, say): its elements share memory; clone it first");
+    reached += stride * (size - 1);
   }
 }
 
@@ -158,10 +205,10 @@ inline Draw draw_key(const char* op, int64_t seed, int64_t step,
   return {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), static_cast<uint32_t>(stream)};
 }
 
-// `count` groups from `first` on must have 32-bit numbers.
+// `count` groups from `first` on, 0 or more, must have 32-bit numbers.
 inline void check_numbers(const char* op, const char* argument, int64_t first, int64_t count) {
-  check(first >= 0 && count >= 0 && first <= UINT32_MAX && first + count - 1 <= UINT32_MAX, op,
-        ": ", argument, " must be from 0 to 2^32 - 1, got ", first, " to ", first + count - 1);
+  check(first >= 0 && first <= UINT32_MAX && count <= int64_t{UINT32_MAX} + 1 - first, op, ": ",
+        argument, " must be from 0 to 2^32 - 1, got ", count, " from ", first, " on");
 }
 
 }  // namespace dmfast

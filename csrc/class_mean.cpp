@@ -33,8 +33,8 @@ int64_t element_size(ScalarType type) {
 ClampedGroups clamped(const Groups& groups) { return {groups.offsets, groups.groups, groups.rows}; }
 
 // Rows that are apart are read where they lie; their elements must be adjacent.
-Tensor readable(const Tensor& rows) {
-  return rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+Tensor readable(const char* op, const Tensor& rows) {
+  return rows.stride(1) == 1 ? rows : contiguous(op, rows);
 }
 
 Embeddings embeddings(const char* op, const char* argument, const Tensor& rows,
@@ -45,9 +45,9 @@ Embeddings embeddings(const char* op, const char* argument, const Tensor& rows,
 
 Tensor class_means_cuda(const char* op, const char* argument, const Tensor& rows,
                         const Groups& groups, ScalarType acc_type) {
-  const Tensor dense = readable(rows);
+  const Tensor dense = readable(op, rows);
   const Embeddings from = embeddings(op, argument, dense, groups);
-  Tensor means = torch::stable::new_empty(rows, {groups.groups, rows.size(1)}, acc_type);
+  Tensor means = new_tensor(op, rows, {groups.groups, rows.size(1)}, acc_type);
   launch_on(op, rows, [&](void* stream) {
     return class_mean_launch(from, rows.size(1), acc_type == ScalarType::Double,
                              means.mutable_data_ptr(), stream);
@@ -59,10 +59,10 @@ Tensor class_means_cuda(const char* op, const char* argument, const Tensor& rows
 // rows [N, D], offsets [classes + 1] -> [classes, D] in the accumulation type
 Tensor class_means(const char* op, const char* argument, const Tensor& rows, const Groups& groups) {
   const DType dtype = floating_dtype(op, argument, rows.scalar_type());
-  const Tensor dense = torch::stable::contiguous(rows);
+  const Tensor dense = contiguous(op, rows);
   const int64_t width = rows.size(1);
   const ScalarType acc_type = accumulation_type(rows.scalar_type());
-  Tensor means = torch::stable::new_empty(rows, {groups.groups, width}, acc_type);
+  Tensor means = new_tensor(op, rows, {groups.groups, width}, acc_type);
   if (means.numel() == 0) return means;
   const char* from = const_bytes(dense);
   char* to = bytes(means);
@@ -107,9 +107,9 @@ Tensor class_mean_backward(const Tensor& gradient, int64_t rows, std::optional<T
   const ScalarType acc_type = accumulation_type(dtype);
   check_dtype(op, "gradient", gradient, acc_type);
   const Groups groups = checked_groups(op, "offsets", offsets, gradient.size(0), rows, gradient);
-  const Tensor dense = torch::stable::contiguous(gradient);
+  const Tensor dense = contiguous(op, gradient);
   const int64_t width = gradient.size(1);
-  Tensor result = torch::stable::new_empty(gradient, {rows, width}, dtype);
+  Tensor result = new_tensor(op, gradient, {rows, width}, dtype);
   if (result.numel() == 0) return result;
 #ifdef DMFAST_CUDA
   if (!gradient.is_cpu()) {
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> discrepancy_cuda(const char* op, const Tensor& real, 
       real.scalar_type() == ScalarType::Double || syn.scalar_type() == ScalarType::Double;
   const ScalarType acc_type = doubles ? ScalarType::Double : ScalarType::Float;
   const int64_t width = real.size(1);
-  const Tensor dense_syn = readable(syn);
+  const Tensor dense_syn = readable(op, syn);
   const Embeddings from = embeddings(op, "syn", dense_syn, syn_groups);
   Tensor difference = class_means_cuda(op, "real", real, real_groups, acc_type);
   Tensor loss = torch::stable::new_empty(difference, {});
@@ -181,7 +181,9 @@ std::tuple<Tensor, Tensor> class_mean_discrepancy(const Tensor& real, const Tens
       real.scalar_type() == ScalarType::Double || syn.scalar_type() == ScalarType::Double;
   // A side of another type is converted first, so that both are accumulated in float64.
   const auto side = [&](const Tensor& rows) {
-    return doubles ? torch::stable::to(rows, ScalarType::Double) : rows;
+    if (!doubles) return rows;
+    return allocated(op, sizes_of(rows),
+                     [&] { return torch::stable::to(rows, ScalarType::Double); });
   };
   const Tensor difference = class_means(op, "real", side(real), real_groups);
   const Tensor syn_means = class_means(op, "syn", side(syn), syn_groups);

@@ -76,13 +76,13 @@ void draw_augmentation(const Tensor& params, std::vector<int64_t> words, bool al
   check(params.is_contiguous(), op, ": params must be contiguous");
   check(groups >= 0 && rows >= 0 && rows < (int64_t{1} << 32) / 3, op,
         ": groups and rows must be 0 or more (rows below 2^32 / 3), got ", groups, " and ", rows);
+  check_numbers(op, "first_group", first_group, groups);
   check(params.size(0) == groups * rows && params.size(1) == kColumns, op,
         ": params must have shape [", groups * rows, ", ", static_cast<int>(kColumns), "], got ",
         shape(params));
   for (const int64_t word : words) {
     check(word >= 0 && word < kWords, op, ": words must be from 0 to ", kWords - 1, ", got ", word);
   }
-  check_numbers(op, "first_group", first_group, groups);
   const AugmentationRanges range = ranges(op, strength, height, width);
 #ifdef DMFAST_CUDA
   if (!params.is_cpu()) {
@@ -102,6 +102,7 @@ void draw_augmentation(const Tensor& params, std::vector<int64_t> words, bool al
   const Draw draw = draw_key(op, seed, step, step_tensor, stream);
   unsigned every_word = 0;
   for (const int64_t word : words) every_word |= 1u << word;
+  if (params.numel() == 0) return;
   float* table = static_cast<float*>(params.mutable_data_ptr());
   const int count = static_cast<int>(words.size());
   for (int64_t g = 0; g < groups; ++g) {
@@ -137,7 +138,7 @@ Tensor draw_batch(const Tensor& order, const Tensor& class_offsets, const Tensor
     check(rows >= 0, op, ": rows must be 0 or more, got ", rows);
     const DeviceDraw device = device_draw(op, seed, step, step_tensor, stream, order);
     const ClampedGroups images{class_offsets.const_data_ptr<int64_t>(), classes, order.size(0)};
-    Tensor index = torch::stable::new_empty(order, {rows});
+    Tensor index = new_tensor(op, order, {rows}, ScalarType::Long);
     launch_on(op, order, [&](void* cuda_stream) {
       return draw_batch_launch(device, order.const_data_ptr<int64_t>(), images,
                                {batch.offsets, batch.groups, batch.rows},
@@ -158,7 +159,7 @@ Tensor draw_batch(const Tensor& order, const Tensor& class_offsets, const Tensor
           " to draw");
     check(size <= UINT32_MAX, op, ": a class must have fewer than 2^32 images, got ", size);
   }
-  Tensor index = torch::stable::new_empty(order, {rows});
+  Tensor index = new_tensor(op, order, {rows}, ScalarType::Long);
   if (rows == 0) return index;
   const int64_t* images = order.const_data_ptr<int64_t>();
   int64_t* picks = static_cast<int64_t*>(index.mutable_data_ptr());
@@ -197,6 +198,7 @@ void draw_weights(std::vector<Tensor> tensors, std::vector<double> bounds, int64
   check(tensors.size() == bounds.size(), op, ": bounds must have one element a tensor (",
         tensors.size(), "), got ", bounds.size());
   const int64_t count = networks.value_or(1);
+  check(count >= 0, op, ": networks must be 0 or more, got ", count);
   check_numbers(op, "first_network", first_network, count);
   const bool on_cpu = tensors.empty() || tensors[0].is_cpu();
 #ifdef DMFAST_CUDA

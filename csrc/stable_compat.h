@@ -9,17 +9,18 @@
 
 #include <vector>
 
+#include "check.h"
+
 #ifdef DMFAST_CUDA
 #include <dlfcn.h>
 
-#include "check.h"
 #include "cuda_launch.h"
 #endif
 
 namespace dmfast {
 
 // Tensor::is_contiguous() takes no memory format; goes when it does.
-inline bool is_channels_last(const torch::stable::Tensor& x) {
+inline bool is_channels_last(const Tensor& x) {
   int64_t expected = 1;
   for (const int d : {1, 3, 2, 0}) {
     if (x.size(d) != 1 && x.stride(d) != expected) return false;
@@ -29,12 +30,13 @@ inline bool is_channels_last(const torch::stable::Tensor& x) {
 }
 
 // empty() wants every option spelled out; goes when new_empty() takes a memory format.
-inline torch::stable::Tensor new_images(const torch::stable::Tensor& like,
-                                        const std::vector<int64_t>& sizes,
-                                        torch::headeronly::ScalarType dtype, bool channels_last) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                            : torch::headeronly::MemoryFormat::Contiguous);
+inline Tensor new_images(const char* op, const Tensor& like, const std::vector<int64_t>& sizes,
+                         ScalarType dtype, bool channels_last) {
+  const auto format = channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                    : torch::headeronly::MemoryFormat::Contiguous;
+  return allocated(op, sizes, [&] {
+    return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
+  });
 }
 
 #ifdef DMFAST_CUDA

@@ -80,8 +80,12 @@ def parse_strategy(strategy: str, known: tuple[str, ...] = WORDS) -> tuple[str, 
     """The words of a strategy, in its own order; ``""`` and ``"none"`` mean no augmentation.
 
     Raises:
-        InputError: a word is unknown.
+        InputError: a word is unknown, or it is no string.
     """
+    if not isinstance(strategy, str):
+        raise InputError(
+            f"augmentation strategy must be words in a string, got {type(strategy).__name__}"
+        )
     if strategy.lower() in ("", "none"):
         return ()
     words = tuple(strategy.lower().split("_"))
@@ -101,12 +105,22 @@ def full_strength(strength: Mapping[str, float] | None) -> dict[str, float]:
         InputError: a name is unknown, or a value is outside its range.
     """
     values = dict(STRENGTH)
-    for name, value in (strength or {}).items():
+    strength = {} if strength is None else strength
+    if not isinstance(strength, Mapping):
+        raise InputError(
+            f"augmentation strength must map names to values, got {type(strength).__name__}"
+        )
+    for name, value in strength.items():
         if name not in values:
             raise InputError(
                 f"augmentation strength {name!r} is unknown; choose from {list(values)}"
             )
-        values[name] = float(value)
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(
+                f"augmentation strength {name} must be a number, got {type(value).__name__}"
+            ) from None
     for name, value in values.items():
         if not 0 <= value <= 1e6:
             raise InputError(f"augmentation strength {name} must be from 0 to 1e6, got {value}")

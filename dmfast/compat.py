@@ -10,33 +10,21 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _checks
 from .augment import DEFAULT_STRATEGY, IDENTITY, STRENGTH, WORDS, Column, parse_strategy
 from .ops import siamese_augment
 
 __all__ = ["DiffAug", "DiffAugment", "ParamDiffAug"]
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: A generator for the next draw; None is torch's global one.
 Generators = Callable[[], torch.Generator | None]
-
-
-class Strengths(Protocol):
-    """What both lineages call the strengths of their transforms."""
-
-    prob_flip: float
-    ratio_scale: float
-    ratio_rotate: float
-    ratio_crop_pad: float
-    ratio_cutout: float
-    brightness: float
-    saturation: float
-    contrast: float
 
 
 # ---- The published lineage ---------------------------------------------------------------------
@@ -102,14 +90,15 @@ def DiffAugment(
 
     Raises:
         InputError: the strategy holds an unknown word.
-        ValueError: ``x`` is no batch of images, ``aug_mode`` is neither S nor M, a strength is out
-            of range, or the seed is no whole number of 64 bits.
+        ValueError: ``x`` is no batch of images, ``aug_mode`` is neither S nor M, or a strength or
+            the seed is out of range.
+        TypeError: ``x`` is no tensor, a strength no number, or the seed no whole number.
         RuntimeError: a CUDA graph is being captured: the parameters are drawn on the host, so every
             replay would repeat them. Use :func:`dmfast.ops.draw_augmentation` there.
     """
     param = param or ParamDiffAug()
-    seed = _checked_seed("DiffAugment", seed)
-    words = parse_strategy(strategy or "")
+    seed = _checks.whole("DiffAugment", "seed", seed)
+    words = parse_strategy("" if strategy is None else strategy)
     param.Siamese = seed != -1
     param.latestseed = seed
     if not words:
@@ -117,9 +106,14 @@ def DiffAugment(
     if param.aug_mode not in ("S", "M"):
         raise ValueError(f"DiffAugment: aug_mode must be 'S' or 'M', got {param.aug_mode!r}")
     _check_images("DiffAugment", x)
-    _check_strengths("DiffAugment", param)
+    return _apply(_published_rows(words, x, param), x)
+
+
+def _published_rows(words: tuple[str, ...], x: Tensor, param: ParamDiffAug) -> list[Tensor]:
+    """Tables of parameters, to be applied in turn: [1, 13] for the batch or [N, 13]."""
+    strengths = _checked_strengths("DiffAugment", param)
     if x.shape[0] == 0:
-        return x
+        return []
 
     def generator() -> torch.Generator | None:
         # Each draw of a seeded call has a seed of its own, as published.
@@ -130,9 +124,9 @@ def DiffAugment(
 
     if param.aug_mode == "S":
         words = (words[_choice(len(words), generator())],)
-    tables = _Tables(x, param, rows=1 if param.Siamese else x.shape[0], draws=x.shape[0])
+    tables = _Tables(x, strengths, rows=1 if param.Siamese else x.shape[0], draws=x.shape[0])
     tables.add(words, generator)
-    return tables.apply(x)
+    return tables.tables
 
 
 # ---- The multi-formation lineage ---------------------------------------------------------------
@@ -208,16 +202,16 @@ class DiffAug:
             The augmented images, differentiable in ``x``.
 
         Raises:
-            ValueError: ``x`` is no batch of images, a strength is out of range, or the seed is no
-                whole number of 64 bits.
+            ValueError: ``x`` is no batch of images, or a strength or the seed is out of range.
+            TypeError: ``x`` is no tensor, a strength no number, or the seed no whole number.
             RuntimeError: a CUDA graph is being captured: the parameters are drawn on the host, so
                 every replay would repeat them. Use :func:`dmfast.ops.draw_augmentation` there.
         """
-        seed = _checked_seed("DiffAug", seed)
+        seed = _checks.whole("DiffAug", "seed", seed)
         if not self.aug:
             return x
         _check_images("DiffAug", x)
-        _check_strengths("DiffAug", self)
+        strengths = _checked_strengths("DiffAug", self)
         if x.shape[0] == 0:
             return x
         generator = None if seed == -1 else torch.Generator().manual_seed(seed)
@@ -225,50 +219,55 @@ class DiffAug:
         if chosen and single_aug:
             chosen = [chosen[_choice(len(chosen), generator)]]
         rows = 1 if self.batch else x.shape[0]
-        tables = _Tables(x, self, rows=rows, draws=rows)
+        tables = _Tables(x, strengths, rows=rows, draws=rows)
         # A row flips after its crop and its cutout. Their draws are symmetric, so that is as good
         # as flipping first.
         words = [*["color"] * self.color, *chosen, *["cutout"] * self.cutout]
         tables.add(words, lambda: generator)
         if self.flip:
             tables.add_to_first("flip", lambda: generator)
-        return tables.apply(x)
+        return _apply(tables.tables, x)
 
 
 # ---- Shared ------------------------------------------------------------------------------------
 
 
 def _check_images(name: str, x: Tensor) -> None:
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if getattr(x, "is_cuda", False) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{name} draws on the host and cannot be captured in a CUDA graph; use "
             "dmfast.ops.draw_augmentation with a step tensor, and dmfast.ops.siamese_augment"
         )
-    if x.dim() != 4 or not x.is_floating_point():
+    _checks.tensors(name, {"x": x})
+    if x.dim() != 4 or x.dtype not in DTYPES:
         raise ValueError(f"{name}: x must be floats [N, C, H, W], got {x.dtype} {list(x.shape)}")
 
 
-def _check_strengths(name: str, strengths: Any) -> None:
+def _checked_strengths(name: str, holder: Any) -> dict[str, float]:
+    values = {}
     for attribute in STRENGTH:
-        value = float(getattr(strengths, attribute))
+        try:
+            value = float(getattr(holder, attribute))
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(f"{name}: {attribute} must be a number") from None
         low = 0 if attribute in ("ratio_crop_pad", "ratio_cutout") else -1e6
         low = 1e-6 if attribute == "ratio_scale" else low
         if not low <= value <= 1e6:
             raise ValueError(f"{name}: {attribute} must be from {low:g} to 1e6, got {value}")
-
-
-def _checked_seed(name: str, seed: int) -> int:
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        raise ValueError(f"{name}: seed must be a whole number, got {seed!r}") from None
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"{name}: seed must be from -2**63 to 2**63 - 1, got {number}")
-    return number
+        values[attribute] = value
+    return values
 
 
 def _choice(count: int, generator: torch.Generator | None) -> int:
     return int(torch.randint(0, count, (1,), generator=generator, device="cpu"))
+
+
+def _apply(tables: list[Tensor], x: Tensor) -> Tensor:
+    for table in tables:
+        # From pinned memory the copy does not wait for what the GPU has to do before it.
+        table = table.pin_memory() if x.is_cuda else table
+        x = siamese_augment(x, table.to(x.device, non_blocking=True))
+    return x
 
 
 class _Tables:
@@ -278,11 +277,11 @@ class _Tables:
     the strategy, it begins another table.
     """
 
-    def __init__(self, x: Tensor, strengths: Strengths, *, rows: int, draws: int) -> None:
+    def __init__(self, x: Tensor, strengths: dict[str, float], *, rows: int, draws: int) -> None:
         self._x = x
         self._strengths = strengths
         self._rows, self._draws = rows, draws
-        self._tables: list[Tensor] = []
+        self.tables: list[Tensor] = []
 
     def add(self, words: Iterable[str], generator: Generators) -> None:
         last = len(WORDS)
@@ -290,24 +289,17 @@ class _Tables:
             code = WORDS.index("crop" if word == "translate" else word)
             if code <= last:
                 self._begin()
-            self._fill(self._tables[-1], word, generator)
+            self._fill(self.tables[-1], word, generator)
             last = code
 
     def add_to_first(self, word: str, generator: Generators) -> None:
-        if not self._tables:
+        if not self.tables:
             self._begin()
-        self._fill(self._tables[0], word, generator)
-
-    def apply(self, x: Tensor) -> Tensor:
-        for table in self._tables:
-            # From pinned memory the copy does not wait for what the GPU has to do before it.
-            table = table.pin_memory() if x.is_cuda else table
-            x = siamese_augment(x, table.to(x.device, non_blocking=True))
-        return x
+        self._fill(self.tables[0], word, generator)
 
     def _begin(self) -> None:
         row = torch.tensor(IDENTITY, dtype=torch.float32, device="cpu")
-        self._tables.append(row.repeat(self._rows, 1))
+        self.tables.append(row.repeat(self._rows, 1))
 
     def _fill(self, table: Tensor, word: str, generator: Generators) -> None:
         """Draws one transform's parameters, in the published order, into its columns."""
@@ -325,13 +317,13 @@ class _Tables:
             return torch.randint(low, high, (self._draws,), generator=generator(), device="cpu")
 
         def shift(size: int) -> Tensor:
-            most = int(size * strengths.ratio_crop_pad + 0.5)
+            most = int(size * strengths["ratio_crop_pad"] + 0.5)
             return integers(-most, most + 1)
 
         if word == "color":
-            put(Column.BRIGHTNESS, (uniform(dtype) - 0.5) * strengths.brightness)
-            put(Column.SATURATION, uniform(dtype) * strengths.saturation)
-            put(Column.CONTRAST, uniform(dtype) + strengths.contrast)
+            put(Column.BRIGHTNESS, (uniform(dtype) - 0.5) * strengths["brightness"])
+            put(Column.SATURATION, uniform(dtype) * strengths["saturation"])
+            put(Column.CONTRAST, uniform(dtype) + strengths["contrast"])
         elif word == "crop":
             put(Column.CROP_Y, shift(height))
             put(Column.CROP_X, shift(width))
@@ -342,14 +334,14 @@ class _Tables:
                 (Column.CUT_TOP, Column.CUT_HEIGHT, height),
                 (Column.CUT_LEFT, Column.CUT_WIDTH, width),
             ):
-                hole = int(size * strengths.ratio_cutout + 0.5)
+                hole = int(size * strengths["ratio_cutout"] + 0.5)
                 put(column, integers(0, size + 1 - hole % 2) - hole // 2)
                 table[:, extent] = hole
         elif word == "flip":
-            put(Column.FLIP, uniform() < strengths.prob_flip)
+            put(Column.FLIP, uniform() < strengths["prob_flip"])
         elif word == "scale":
             for column in (Column.SCALE_X, Column.SCALE_Y):
-                low = 1.0 / strengths.ratio_scale
-                put(column, uniform() * (strengths.ratio_scale - low) + low)
+                low = 1.0 / strengths["ratio_scale"]
+                put(column, uniform() * (strengths["ratio_scale"] - low) + low)
         else:
-            put(Column.ANGLE, (uniform() - 0.5) * 2 * strengths.ratio_rotate / 180 * math.pi)
+            put(Column.ANGLE, (uniform() - 0.5) * 2 * strengths["ratio_rotate"] / 180 * math.pi)

@@ -22,7 +22,6 @@ Derivatives are those of reverse mode (``backward``, ``torch.autograd.grad``); f
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _load
+from . import _checks, _load
 from .augment import STRENGTH, WORDS, Column, full_strength, parse_strategy
 
 __all__ = [
@@ -82,7 +81,7 @@ def siamese_augment(x: Tensor, params: Tensor, offsets: Tensor | None = None) ->
 
     Equivalent to :func:`dmfast.reference.siamese_augment`.
     """
-    _check_devices("siamese_augment", x=x, params=params, offsets=offsets)
+    _checks.tensors("siamese_augment", {"x": x, "params": params}, {"offsets": offsets})
     if params.requires_grad:
         raise ValueError("siamese_augment: params must not require a gradient; detach them")
     out: Tensor = _ops.siamese_augment(x, params, offsets)
@@ -174,19 +173,16 @@ def gather_augment(
 
     Equivalent to :func:`dmfast.reference.gather_augment`.
     """
-    _check_devices(
-        "gather_augment",
-        images=images,
-        index=index,
-        params=params,
-        mean=mean,
-        std=std,
-        offsets=offsets,
-    )
-    if images.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "gather_augment: images must not require a gradient, there is none; use siamese_augment"
-        )
+    required = {"images": images, "index": index, "params": params, "mean": mean, "std": std}
+    _checks.tensors("gather_augment", required, {"offsets": offsets})
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"gather_augment: dtype must be a torch.dtype, got {type(dtype).__name__}")
+    for name in ("images", "params", "mean", "std"):
+        if required[name].requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"gather_augment: {name} must not require a gradient, there is none; detach it, or "
+                "use siamese_augment for images that are learned"
+            )
     out: Tensor = _ops.gather_augment(images, index, params, mean, std, dtype, offsets)
     return out
 
@@ -236,13 +232,10 @@ def class_mean_discrepancy(
 
     Equivalent to :func:`dmfast.reference.class_mean_discrepancy`.
     """
-    _check_devices(
-        "class_mean_discrepancy",
-        real=real,
-        syn=syn,
-        real_offsets=real_offsets,
-        syn_offsets=syn_offsets,
-    )
+    op = "class_mean_discrepancy"
+    optional = {"real_offsets": real_offsets, "syn_offsets": syn_offsets}
+    _checks.tensors(op, {"real": real, "syn": syn}, optional)
+    classes = _checks.whole(op, "classes", classes)
     loss: Tensor = _ops.class_mean_discrepancy(real, syn, classes, real_offsets, syn_offsets)[0]
     return loss
 
@@ -370,6 +363,7 @@ def draw_augmentation(
         InputError: the strategy or a strength is unknown or out of range.
         ValueError: the mode is unknown, or the strategy's order is not the table's in mode ``all``.
     """
+    op = "draw_augmentation"
     words = parse_strategy(strategy)
     if mode not in ("single", "all"):
         raise ValueError(f"draw_augmentation: mode must be 'single' or 'all', got {mode!r}")
@@ -379,13 +373,24 @@ def draw_augmentation(
             f"draw_augmentation: mode 'all' applies transforms in the order {'_'.join(WORDS)}, got "
             f"{strategy!r}; draw and apply them one after another for another order"
         )
-    values = full_strength(strength) if strength else STRENGTH
-    height, width = (operator.index(side) for side in size)
-    number, tensor = _split_step("draw_augmentation", seed, step)
-    if device is None:
-        device = "cpu" if tensor is None else tensor.device
-    params = torch.empty(groups * rows, len(Column), dtype=torch.float32, device=device)
-    _check_devices("draw_augmentation", params=params, step=tensor)
+    values = STRENGTH if strength is None else full_strength(strength)
+    height, width = _checks.size(op, size)
+    seed, number, tensor, stream = _checks.key(op, seed, step, stream)
+    groups, rows, first_group = (
+        _checks.whole(op, name, value)
+        for name, value in (("groups", groups), ("rows", rows), ("first_group", first_group))
+    )
+    if groups < 0 or rows < 0:
+        raise ValueError(f"{op}: groups and rows must be 0 or more, got {groups} and {rows}")
+    total = _checks.whole(op, "groups * rows", groups * rows)
+    if device is None and tensor is not None:
+        device = tensor.device
+    device = _checks.device(op, "cpu" if device is None else device)
+    try:
+        params = torch.empty(total, len(Column), dtype=torch.float32, device=device)
+    except RuntimeError as error:
+        raise type(error)(f"{op}: no memory for {groups} groups of {rows} rows") from error
+    _checks.tensors(op, {"params": params}, {"step": tensor})
     _ops.draw_augmentation_(
         params,
         codes,
@@ -443,10 +448,12 @@ def draw_batch(
     Raises:
         RuntimeError: offsets do not ascend or do not fit, or a class has fewer images than rows.
     """
-    number, tensor = _split_step("draw_batch", seed, step)
-    _check_devices(
-        "draw_batch", order=order, class_offsets=class_offsets, offsets=offsets, step=tensor
-    )
+    op = "draw_batch"
+    seed, number, tensor, stream = _checks.key(op, seed, step, stream)
+    required = {"order": order, "class_offsets": class_offsets, "offsets": offsets}
+    _checks.tensors(op, required, {"step": tensor})
+    rows = _checks.whole(op, "rows", rows)
+    first_class = _checks.whole(op, "first_class", first_class)
     index: Tensor = _ops.draw_batch(
         order, class_offsets, offsets, rows, seed, number, tensor, first_class, stream
     )
@@ -490,15 +497,27 @@ def draw_weights_(
     Raises:
         RuntimeError: lengths, shapes or bounds do not fit.
     """
+    op = "draw_weights_"
+    tensors, bounds = _checks.listed(op, "tensors", tensors), _checks.numbers(op, "bounds", bounds)
+    seed, number, step_tensor, stream = _checks.key(op, seed, step, stream)
+    networks = None if networks is None else _checks.whole(op, "networks", networks)
+    first_network = _checks.whole(op, "first_network", first_network)
+    if len(bounds) != len(tensors):
+        raise RuntimeError(
+            f"{op}: bounds must have one element a tensor ({len(tensors)}), got {len(bounds)}"
+        )
     if not tensors:
         return
-    number, step_tensor = _split_step("draw_weights_", seed, step)
     named = {f"tensor {i}": tensor for i, tensor in enumerate(tensors)}
-    _check_devices("draw_weights_", **named, step=step_tensor)
+    _checks.tensors(op, named, {"step": step_tensor})
+    compiling = torch.compiler.is_compiling()
+    for name, tensor in named.items():
+        if not compiling and tensor.is_neg():
+            raise RuntimeError(f"{op}: {name} must not be a view that negates; clone it first")
     detached = [tensor.detach() for tensor in tensors]
     _ops.draw_weights_(
         detached,
-        list(bounds),
+        bounds,
         seed,
         number,
         step_tensor,
@@ -506,7 +525,7 @@ def draw_weights_(
         first_network,
         stream,
     )
-    if not torch.compiler.is_compiling():
+    if not compiling:
         # So that a backward that still needs the old values says so.
         torch.autograd.graph.increment_version(
             [tensor for tensor in detached if not tensor.is_inference()]
@@ -519,25 +538,6 @@ def _(tensors: Sequence[Tensor], *rest: Any) -> None:
 
 
 # ---- shared ------------------------------------------------------------------------------------
-
-
-def _split_step(op: str, seed: int, step: int | Tensor) -> tuple[int, Tensor | None]:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"{op}: seed must be from 0 to 2**63 - 1, got {seed}")
-    return (0, step) if isinstance(step, Tensor) else (operator.index(step), None)
-
-
-def _check_devices(op: str, **tensors: Tensor | None) -> None:
-    """One line in place of the dispatcher's forty, or of a fake's result where some are meta."""
-    (first, device), *others = ((n, t.device) for n, t in tensors.items() if t is not None)
-    for name, other in others:
-        if other != device:
-            raise RuntimeError(f"{op}: {name} is on {other}, but {first} is on {device}; move it")
-    if device.type == "cuda" and not _load.has_cuda_operators():
-        raise RuntimeError(
-            f"{op}: got CUDA tensors, but this build of dmfast has CPU operators only; rebuild it "
-            "with DMFAST_CUDA=1 where nvcc is installed, or move the tensors to the CPU"
-        )
 
 
 def _no_gradient(name: str) -> None:

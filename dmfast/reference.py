@@ -140,7 +140,10 @@ def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
 
 
 def _words(seed: int, step: int | Tensor, stream: int, group: int, element: int) -> list[int]:
-    return philox([element, group, stream, int(step)], [seed & _LOW, seed >> 32])
+    # Plain ints: NumPy's would overflow.
+    return philox(
+        [element, int(group), int(stream), int(step)], [int(seed) & _LOW, int(seed) >> 32]
+    )
 
 
 def _uniform(word: int) -> float:

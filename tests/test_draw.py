@@ -359,7 +359,9 @@ def test_weights_are_uniform_and_parameters_may_require_a_gradient() -> None:
         ([torch.empty(3).long()], [1.0], {}, "tensors must be float64, float32"),
         ([torch.empty(3)], [1.0], {"first_network": -1}, "first_network must be from 0 to"),
         ([torch.empty(3)], [1e300], {}, "bounds must be finite in float32"),
-        ([torch.empty(1).expand(3)], [1.0], {}, "tensor 0 must not be expanded"),
+        ([torch.empty(1).expand(3)], [1.0], {}, "tensor 0 must not overlap itself"),
+        ([torch.empty(7).as_strided((3, 3), (1, 2))], [1.0], {}, "tensor 0 must not overlap"),
+        ([torch.empty(3)], [1.0], {"networks": -1}, "networks must be 0 or more, got -1"),
         ([torch.empty(3), torch.empty(3, device="meta")], [1.0] * 2, {}, "tensor 1 is on meta"),
     ],
 )
