@@ -17,6 +17,7 @@ from test_ops import DTYPES, MEAN, SIDES, STD, gather_arguments, sides
 from torch import Tensor
 
 from dmfast import _load, ops
+from dmfast.compat import DiffAug, DiffAugment
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHS = ("80", "90a", "100")
@@ -199,11 +200,101 @@ def test_devices_are_not_mixed() -> None:
 
 
 @pytest.mark.cuda
-def test_more_than_two_to_the_31_elements() -> None:
-    count = 2**31 // (3 * 64 * 64) + 7
-    if torch.cuda.mem_get_info()[0] < 5 * count * 3 * 64 * 64:
-        pytest.skip("not enough memory on the GPU")
-    x = torch.zeros(count, 3, 64, 64, dtype=torch.bfloat16, device="cuda")
+def test_the_drop_ins_draw_what_they_draw_on_the_cpu() -> None:
+    strategy = "color_crop_cutout_flip_scale_rotate"
+    x = torch.randn(5, 3, 16, 16)
+    aug = DiffAug(strategy, batch=True)
+    for seed in range(8):
+        assert_close(DiffAugment(x.cuda(), strategy, seed), DiffAugment(x, strategy, seed))
+        assert_close(aug(x.cuda(), seed=seed), aug(x, seed=seed))
+
+
+@pytest.mark.cuda
+def test_the_drop_ins_refuse_to_be_captured() -> None:
+    x = torch.randn(2, 3, 8, 8, device="cuda")
+    for augment in (DiffAug("flip"), lambda x: DiffAugment(x, "flip")):
+        refusal = None
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x + 1
+            try:
+                augment(x)
+            except RuntimeError as error:
+                refusal = str(error)
+        assert refusal is not None
+        assert "dmfast.ops.draw_augmentation" in refusal
+
+
+# ---- More than 2^31 elements -------------------------------------------------------------------
+
+
+def needs_memory(gigabytes: int) -> None:
+    if torch.cuda.mem_get_info()[0] < gigabytes << 30:
+        pytest.skip(f"less than {gigabytes} GiB free on the GPU")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backward", [False, True])
+def test_more_than_two_to_the_31_elements(backward: bool) -> None:
+    needs_memory(10)
+    operator = OP._siamese_augment_backward if backward else OP.siamese_augment
+    x = torch.zeros(2**31 // (3 * 64 * 64) + 7, 3, 64, 64, dtype=torch.bfloat16, device="cuda")
     x[-1] = torch.arange(64, device="cuda")
-    out = ops.siamese_augment(x, TABLES["flip"].cuda())
+    assert x.numel() > 2**31
+    out = operator(x, TABLES["flip"].cuda(), None)
     assert torch.equal(out[-1], x[-1].flip(-1))
+
+
+@pytest.mark.cuda
+def test_gather_from_more_than_two_to_the_31_elements() -> None:
+    needs_memory(4)
+    images = torch.zeros(2**31 // (64 * 64 * 3) + 7, 64, 64, 3, dtype=torch.uint8, device="cuda")
+    images[-1] = torch.arange(64, dtype=torch.uint8, device="cuda")[:, None]
+    last = torch.tensor([len(images) - 1], device="cuda")
+    rest = *gpu(TABLES["flip"], MEAN, STD), torch.float32
+    out = ops.gather_augment(images, last, *rest)
+    assert torch.equal(out, ops.gather_augment(images[-1:].clone(), last * 0, *rest))
+
+
+@pytest.mark.cuda
+def test_discrepancy_of_more_than_two_to_the_31_elements() -> None:
+    needs_memory(10)
+    rows, features = 2**21 + 5, 1024
+    real = torch.zeros(rows, features, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    syn = torch.zeros(2, features, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        real[-1] = 0.5
+    ends = [0, rows - 1, rows], [0, 1, 2]
+    offsets = [torch.tensor(end, device="cuda") for end in ends]
+    loss = ops.class_mean_discrepancy(real, syn, 2, *offsets)
+    assert loss.item() == 0.25 * features
+    loss.backward()
+    assert torch.equal(real.grad[-1], torch.ones_like(real.grad[-1]))
+
+
+@pytest.mark.cuda
+def test_draw_of_more_than_two_to_the_31_numbers() -> None:
+    needs_memory(20)
+    groups = 2**31 // 13 + 9
+    table = ops.draw_augmentation("color", groups, (8, 8), 1, 2, stream=2, device="cuda")
+    assert table.numel() > 2**31
+    last = ops.draw_augmentation("color", 3, (8, 8), 1, 2, first_group=groups - 3, stream=2)
+    assert torch.equal(table[-3:].cpu(), last)
+    del table
+    networks = torch.empty(3, 2**30, dtype=torch.bfloat16, device="cuda")
+    alone = torch.empty(2**30, dtype=torch.bfloat16, device="cuda")
+    ops.draw_weights_([networks], [1.0], 1, 2, networks=3, stream=3)
+    ops.draw_weights_([alone], [1.0], 1, 2, first_network=2, stream=3)
+    assert torch.equal(networks[2], alone)
+
+
+@pytest.mark.cuda
+def test_batch_of_more_than_two_to_the_31_images() -> None:
+    needs_memory(18)
+    start = 2**31 - 5
+    order = torch.zeros(start + 25, dtype=torch.int64, device="cuda")
+    order[start:] = torch.arange(25, device="cuda") + 2**40
+    offsets = torch.tensor([start, start + 9, start + 25], device="cuda")
+    batch = torch.tensor([0, 6, 14], device="cuda")
+    drawn = ops.draw_batch(order, offsets, batch, 14, 3, 4, stream=1)
+    few = order[start:].cpu(), offsets.cpu() - start, batch.cpu()
+    assert torch.equal(drawn.cpu(), ops.draw_batch(*few, 14, 3, 4, stream=1))
