@@ -140,9 +140,10 @@ def gather_arguments(images: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
     return images, index, TABLES["each"], MEAN, STD, dtype, torch.tensor([0, 2, 2, 3, 5, 6, 7])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("source", ["uint8", "float32", "synthetic", "sliced"])
-def test_gather_augment_matches_reference(source: str, dtype: torch.dtype) -> None:
+SOURCES = ("uint8", "float32", "synthetic", "sliced")
+
+
+def stored_images(source: str) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, 8, 9, 3), generator=generator, dtype=torch.uint8)
     if source == "float32":
@@ -151,11 +152,17 @@ def test_gather_augment_matches_reference(source: str, dtype: torch.dtype) -> No
         images = torch.randn(5, 3, 8, 9, generator=generator).permute(0, 2, 3, 1)
     elif source == "sliced":
         images = images[:, ::2, 1:, :]
-    arguments = gather_arguments(images, dtype)
+    return images
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source", SOURCES)
+def test_gather_augment_matches_reference(source: str, dtype: torch.dtype) -> None:
+    arguments = gather_arguments(stored_images(source), dtype)
     out = ops.gather_augment(*arguments)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
-    exact = reference.gather_augment(*gather_arguments(images, torch.float64))
+    exact = reference.gather_augment(*gather_arguments(stored_images(source), torch.float64))
     assert_as_exact(out, reference.gather_augment(*arguments), exact)
 
 
@@ -229,16 +236,50 @@ def test_class_mean_discrepancy_of_mixed_dtypes() -> None:
     assert syn.grad.dtype == torch.float32
 
 
+ROW_LAYOUTS = {
+    "contiguous": lambda rows: rows,
+    "transposed": lambda rows: rows.T.contiguous().T,
+    "sliced": lambda rows: torch.stack([rows, rows], 1)[:, 1],
+    "strided": lambda rows: torch.stack([rows, rows], 2)[..., 1],
+}
+
+
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
+def test_class_mean_discrepancy_takes_any_layout(layout: str) -> None:
+    real, syn, *rest = sides("offsets", torch.float32)
+    expected = ops.class_mean_discrepancy(real, syn, *rest)
+    far_real, far_syn = (ROW_LAYOUTS[layout](side) for side in (real, syn))
+    assert torch.equal(ops.class_mean_discrepancy(far_real, far_syn, *rest), expected)
+
+
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
 @pytest.mark.parametrize("name", SIDES)
-def test_class_mean_discrepancy_gradcheck(name: str) -> None:
+def test_class_mean_discrepancy_gradcheck(name: str, layout: str) -> None:
     real, syn, *rest = sides(name, torch.float64, features=3)
 
     def function(real: Tensor, syn: Tensor) -> Tensor:
         return ops.class_mean_discrepancy(real, syn, *rest)
 
-    inputs = (real.requires_grad_(), syn.requires_grad_())
+    inputs = [ROW_LAYOUTS[layout](side).requires_grad_() for side in (real, syn)]
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
+
+
+def test_operators_of_the_backward_gradcheck() -> None:
+    """Each is differentiable by itself, not only as a part of what it is the backward of."""
+    op = torch.ops.dmfast
+    rows, offsets = torch.randn(7, 3, dtype=torch.float64), torch.tensor([0, 4, 4, 7])
+    means = torch.randn(3, 3, dtype=torch.float64)
+    images = torch.randn(7, 2, 4, 5, dtype=torch.float64)
+    each = Case("each", (7, 2, 4, 5), offsets=(0, 2, 2, 3, 5, 6, 7))
+    for function, x in (
+        (lambda x: op._class_mean(x, 3, offsets), rows),
+        (lambda x: op._class_mean_backward(x, 7, offsets, torch.float64), means),
+        (lambda x: op._siamese_augment_backward(x, each.params, each.offsets_tensor), images),
+        (lambda x: ops.siamese_augment(x, each.params, each.offsets_tensor), images),
+    ):
+        assert gradcheck(function, x.requires_grad_())
+        assert gradgradcheck(function, x)
 
 
 def test_any_number_of_classes_without_features_takes_no_time() -> None:
@@ -265,18 +306,19 @@ def opcheck_samples() -> dict[str, tuple[object, tuple[object, ...]]]:
                 op._siamese_augment_backward,
                 (x.clone().requires_grad_(), table, None),
             )
-    images = torch.randint(0, 256, (5, 8, 9, 3), dtype=torch.uint8)
-    samples["gather"] = op.gather_augment, gather_arguments(images, torch.bfloat16)
-    real, syn, *rest = sides("offsets", torch.float32)
-    samples["discrepancy"] = (
-        op.class_mean_discrepancy,
-        (real.requires_grad_(), syn.requires_grad_(), *rest),
-    )
-    samples["class_mean"] = op._class_mean, (real, 3, rest[1])
-    samples["class_mean_backward"] = (
-        op._class_mean_backward,
-        (torch.randn(3, 4, requires_grad=True), 13, rest[1], torch.float32),
-    )
+    for source in SOURCES:
+        arguments = gather_arguments(stored_images(source), torch.bfloat16)
+        samples[f"gather-{source}"] = op.gather_augment, arguments
+    for layout, lay_rows in ROW_LAYOUTS.items():
+        real, syn, _, *offsets = sides("offsets", torch.float32)
+        real, syn = lay_rows(real).requires_grad_(), lay_rows(syn).requires_grad_()
+        samples[f"discrepancy-{layout}"] = op.class_mean_discrepancy, (real, syn, 3, *offsets)
+        samples[f"class_mean-{layout}"] = op._class_mean, (real, 3, offsets[0])
+        gradient = lay_rows(torch.randn(3, 4)).requires_grad_()
+        samples[f"class_mean_backward-{layout}"] = (
+            op._class_mean_backward,
+            (gradient, 13, offsets[0], torch.float32),
+        )
     strength = [1.0, 2.0, 0.5, 0.125, 0.5, 0.5, 1.2, 15.0]
     step = torch.tensor([7])
     samples["draw_augmentation"] = (
@@ -288,10 +330,12 @@ def opcheck_samples() -> dict[str, tuple[object, tuple[object, ...]]]:
         op.draw_batch,
         (torch.arange(9), torch.tensor([0, 4, 9]), offsets, 5, 0, 1, None, 0, 1),
     )
-    samples["draw_weights"] = (
-        op.draw_weights_,
-        ([torch.zeros(2, 3, 3), torch.zeros(2, 5)], [0.1, 0.2], 0, 1, None, 2, 0, 3),
-    )
+    for layout in LAYOUTS:
+        tensors = [lay_out(torch.zeros(2, 3, 3, 3), layout), torch.zeros(2, 5)]
+        samples[f"draw_weights-{layout}"] = (
+            op.draw_weights_,
+            (tensors, [0.1, 0.2], 0, 1, None, 2, 0, 3),
+        )
     return samples
 
 
