@@ -79,7 +79,15 @@ def siamese_augment(x: Tensor, params: Tensor, offsets: Tensor | None = None) ->
         RuntimeError: a shape or dtype is wrong, offsets do not ascend from 0 to N, the images do
             not divide evenly into the groups, or the parameters hold NaN.
 
-    Equivalent to :func:`dmfast.reference.siamese_augment`.
+    Equivalent to :func:`dmfast.reference.siamese_augment`: of each image x [C, H, W] with its row::
+
+        x = (x + b - m) * s + m  # b, s, c and so on: the columns; m = (x + b).mean(0)
+        x = (x - x.mean()) * c + x.mean()
+        x = F.pad(x, (-dx, dx, -dy, dy))
+        x[:, top : top + height, left : left + width] = 0
+        x = x.flip(-1)
+        x = F.grid_sample(x, F.affine_grid([[sx, 0, 0], [0, sy, 0]], x.shape))
+        x = F.grid_sample(x, F.affine_grid([[cos, -sin, 0], [sin, cos, 0]], x.shape))
     """
     _checks.tensors("siamese_augment", {"x": x, "params": params}, {"offsets": offsets})
     if params.requires_grad:
@@ -171,7 +179,11 @@ def gather_augment(
     Raises:
         RuntimeError: as :func:`siamese_augment`, or an index is out of range.
 
-    Equivalent to :func:`dmfast.reference.gather_augment`.
+    Equivalent to :func:`dmfast.reference.gather_augment`: for bytes ::
+
+        siamese_augment(
+            ((images[index] / 255 - mean) / std).permute(0, 3, 1, 2), params, offsets
+        ).to(dtype)
     """
     required = {"images": images, "index": index, "params": params, "mean": mean, "std": std}
     _checks.tensors("gather_augment", required, {"offsets": offsets})
@@ -230,7 +242,12 @@ def class_mean_discrepancy(
         RuntimeError: a shape or dtype is wrong, the offsets do not fit the rows, or a class has
             rows on one side only.
 
-    Equivalent to :func:`dmfast.reference.class_mean_discrepancy`.
+    Equivalent to :func:`dmfast.reference.class_mean_discrepancy`: for even classes ::
+
+        sum(
+            ((r.mean(0) - s.mean(0)) ** 2).sum()
+            for r, s in zip(real.chunk(classes), syn.chunk(classes))
+        )
     """
     op = "class_mean_discrepancy"
     optional = {"real_offsets": real_offsets, "syn_offsets": syn_offsets}
@@ -362,6 +379,9 @@ def draw_augmentation(
     Raises:
         InputError: the strategy or a strength is unknown or out of range.
         ValueError: the mode is unknown, or the strategy's order is not the table's in mode ``all``.
+
+    Equivalent in distribution to ``randint`` over the words, once a group, then to a ``uniform_``
+    or a ``randint`` a column, within the ranges that :data:`dmfast.augment.STRENGTH` gives.
     """
     op = "draw_augmentation"
     words = parse_strategy(strategy)
@@ -447,6 +467,10 @@ def draw_batch(
 
     Raises:
         RuntimeError: offsets do not ascend or do not fit, or a class has fewer images than rows.
+
+    Equivalent in distribution to, for the images a to b and the n rows of each class ::
+
+        order[a:b][torch.randperm(b - a)[:n]]
     """
     op = "draw_batch"
     seed, number, tensor, stream = _checks.key(op, seed, step, stream)
@@ -495,7 +519,9 @@ def draw_weights_(
         stream: the purpose, a :class:`Stream`.
 
     Raises:
-        RuntimeError: lengths, shapes or bounds do not fit.
+        RuntimeError: lengths, shapes or bounds do not fit, or a tensor overlaps itself.
+
+    Equivalent in distribution to ``tensor.uniform_(-bound, bound)`` for each tensor.
     """
     op = "draw_weights_"
     tensors, bounds = _checks.listed(op, "tensors", tensors), _checks.numbers(op, "bounds", bounds)

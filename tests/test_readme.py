@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 import shlex
@@ -11,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from dmfast import ops
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,6 +34,34 @@ def test_python_runs(code: str, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def equivalent(operator: str) -> str:
+    """The plain torch that the table of operators names."""
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{operator}(")]
+    return row.split("|")[3].strip().strip("`")
+
+
+def without_spaces(code: str) -> str:
+    return re.sub(r"\s", "", code)
+
+
+def test_operators_are_what_they_are_said_to_be_equivalent_to() -> None:
+    params = ops.draw_augmentation("color_crop_rotate", 2, (8, 8), 0, 0, stream=2)
+    bytes_ = torch.randint(0, 256, (5, 8, 8, 3)).byte()
+    index, offsets = torch.tensor([4, 0, 3]), torch.tensor([0, 1, 3])
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    arguments = {
+        "gather_augment": (bytes_, index, params, mean, std, torch.float32, offsets),
+        "class_mean_discrepancy": (torch.randn(9, 4), torch.randn(6, 4), 3),
+    }
+    for name, values in arguments.items():
+        operator = getattr(ops, name)
+        code = equivalent(name)
+        assert without_spaces(code) in without_spaces(operator.__doc__)
+        named = inspect.signature(operator).bind(*values).arguments
+        plain = eval(code, {"siamese_augment": ops.siamese_augment} | dict(named))
+        torch.testing.assert_close(operator(*values), plain)
 
 
 def commands() -> list[str]:
