@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CUTOUT, FLIP, ROTATE, rows
+from cases import CUTOUT, FLIP, ROTATE, SCALE, rows
 from golden import golden_file
 from torch import Tensor
 
@@ -62,6 +63,19 @@ def test_values_and_gradients_are_the_published_ones(case: dict) -> None:
     torch.testing.assert_close(out.detach(), y, rtol=0, atol=tolerance(case))
     torch.testing.assert_close(x.grad, gradient, rtol=0, atol=tolerance(case))
     assert torch.equal(out.detach(), x.detach()) != case["acts"]
+
+
+@pytest.mark.parametrize("row", [SCALE, ROTATE], ids=["scale", "rotate"])
+def test_square_images_are_sampled_as_the_trajectory_matching_lineage_does(row: dict) -> None:
+    """Which samples with align_corners: another grid, the same map where height and width agree."""
+    x = torch.randn(2, 3, 32, 32)
+    sx, sy, angle = row.get("scale_x", 1.0), row.get("scale_y", 1.0), row.get("angle", 0.0)
+    cos, sin = math.cos(angle), math.sin(angle)
+    theta = torch.tensor([[[cos * sx, -sin, 0], [sin, cos * sy, 0]]]).expand(2, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=True)
+    expected = F.grid_sample(x, grid, align_corners=True)
+    out = ops.siamese_augment(x, rows(row))
+    torch.testing.assert_close(out, expected, rtol=0, atol=SAMPLED)
 
 
 def test_all_six_transforms_are_covered() -> None:
