@@ -16,6 +16,9 @@ a tensor there is not checked but made harmless: offsets and indices are clamped
 covers are zero, parameters with NaN give NaN images, a class with rows on one side only gives a NaN
 loss, a batch larger than its class begins again with its first image, a step counts modulo 2**32.
 
+What cannot be used is named in one line: a TypeError for what is no tensor or no number, else a
+ValueError or a RuntimeError.
+
 Derivatives are those of reverse mode (``backward``, ``torch.autograd.grad``); forward mode
 (``torch.func.jvp``) and ``torch.func`` transforms are not supported.
 """

@@ -397,6 +397,8 @@ def failure(name: str) -> str | None:
         torch.manual_seed(0)
         check(name, SUBJECTS[name], data.draw)
 
+    if name not in SUBJECTS:
+        return "hostile.py has no arguments for it: add a Subject"
     try:
         run()
     except BaseException as error:
