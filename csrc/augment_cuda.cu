@@ -8,6 +8,7 @@
 // The mean that contrast is about takes a pass of its own over the image: by the same block where
 // it has all of it; else by a launch before, which leaves one sum a tile.
 #include <cmath>
+#include <type_traits>
 
 #include "augment_cuda.h"
 #include "augment_pixel_cuda.h"
@@ -130,8 +131,13 @@ __device__ void fill_or_copy(const Walk& walk, const Work& work, const Strides& 
   });
 }
 
+// Blocks that an SM is to hold. With four, ptxas keeps to 128 registers: the kernels that gather
+// can, but for those in double; most others would spill.
+template <typename Source, typename Out>
+constexpr int kBlocks = !Source::kPlain && !std::is_same<Out, double>::value ? 4 : 1;
+
 template <template <typename, typename> class WalkOf, typename Source, typename Out>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, (kBlocks<Source, Out>))
     augment_kernel(const Source source, Out* const output, const Strides stride, const Work work) {
   using acc_t = typename Accumulator<Out>::type;
   using Walk = WalkOf<Source, acc_t>;
