@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -51,6 +52,13 @@ DEFAULT_ARCHS = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 WITHOUT_FMAD = ("draw", "augment")
 CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off"
 NVCC_FLAGS = "-O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden --threads 2"
+# The network's kernels are compiled once for each of these and chosen from when they run.
+INSTRUCTION_SETS = {
+    "conv_block_avx2.cpp": "-march=x86-64-v3",
+    "conv_block_avx512.cpp": "-march=x86-64-v4",
+    "conv_block_avx512_bf16.cpp": "-march=x86-64-v4 -mavx512bf16",
+}
+CONV_BLOCK_FLAGS = "-ffp-contract=fast -fno-math-errno"
 DEFINES = "-DTORCH_TARGET_VERSION=0x020b000000000000 -DTORCH_STABLE_ONLY"
 
 
@@ -141,7 +149,8 @@ class NinjaBuild(build_ext):
         lines = [
             f"cxx = {os.environ.get('CXX', 'c++')}",
             "rule cxx",
-            f"  command = $cxx {CXX_FLAGS} {defines} {includes} -MMD -MF $out.d -c $in -o $out",
+            f"  command = $cxx {CXX_FLAGS} $flags {defines} {includes} -MMD -MF $out.d -c $in "
+            "-o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
@@ -156,8 +165,12 @@ class NinjaBuild(build_ext):
             objects.append(f"{source.name}.o")
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             lines.append(f"build {source.name}.o: {rule} {escape(source)}")
-            if source.name.startswith(WITHOUT_FMAD) and rule == "nvcc":
+            if rule == "nvcc" and source.name.startswith(WITHOUT_FMAD):
                 lines.append("  flags = --fmad=false")
+            elif source.name == "conv_block_plain.cpp":
+                lines.append(f"  flags = {CONV_BLOCK_FLAGS}")
+            elif source.name in INSTRUCTION_SETS and platform.machine() in ("x86_64", "AMD64"):
+                lines.append(f"  flags = {CONV_BLOCK_FLAGS} {INSTRUCTION_SETS[source.name]}")
         lines.append(f"build {escape(output)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 

@@ -11,7 +11,9 @@
 
 #include "augment_cpu.h"
 #include "augment_cuda.h"
+#include "augment_plan.h"
 #include "check.h"
+#include "gather_checks.h"
 #include "stable_compat.h"
 
 namespace dmfast {
@@ -37,6 +39,12 @@ Rows checked_rows(const char* op, const Tensor& params, const std::optional<Tens
 
 Images as_images(const Tensor& x, DType dtype, void* data) {
   return {data, dtype, x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+// The loops number the pixels of an image in 32 bits.
+void check_pixels(const char* op, ImageSize size) {
+  check(size.height < kMostPixels / size.width, op, ": images must have fewer than ", kMostPixels,
+        " pixels, got ", size.height, " x ", size.width);
 }
 
 // About 16,000 elements are worth waking a thread for.
@@ -92,6 +100,7 @@ Tensor map(const Direction& direction, const Tensor& x, const Tensor& params,
     return y;
   }
 #endif
+  check_pixels(op, size);
   torch::stable::parallel_for(0, x.size(0), grain(size), [&](int64_t begin, int64_t end) {
     direction.range(from, to, size, rows, begin, end);
   });
@@ -127,6 +136,35 @@ Tensor gather_augment(const Tensor& images, const Tensor& index, const Tensor& p
                       const Tensor& mean, const Tensor& std, ScalarType dtype,
                       std::optional<Tensor> offsets) {
   const char* op = "gather_augment";
+  const DType out_dtype = floating_dtype(op, "dtype", dtype);
+  const Gathering from = checked_gathering(op, images, index, params, mean, std, offsets);
+  const ImageSize size = from.size;
+  Tensor y =
+      new_images(op, images, {from.count, size.channels, size.height, size.width}, dtype, true);
+  if (y.numel() == 0) return y;
+  const Images to = as_images(y, out_dtype, y.mutable_data_ptr());
+#ifdef DMFAST_CUDA
+  if (!images.is_cpu()) {
+    launch_images(op, images, from.count, size, [&](double* sums, void* stream) {
+      return gather_augment_launch(from.images, from.image_count, from.index, from.normalisation(),
+                                   to, size, from.rows, sums, stream);
+    });
+    return y;
+  }
+#endif
+  check_pixels(op, size);
+  torch::stable::parallel_for(0, from.count, grain(size), [&](int64_t begin, int64_t end) {
+    gather_augment_range(from.images, from.index, from.normalisation(), to, size, from.rows, begin,
+                         end);
+  });
+  return y;
+}
+
+}  // namespace
+
+Gathering checked_gathering(const char* op, const Tensor& images, const Tensor& index,
+                            const Tensor& params, const Tensor& mean, const Tensor& std,
+                            const std::optional<Tensor>& offsets) {
   check_rank(op, "images", images, 4, "[images, height, width, channels]");
   const bool bytes = images.scalar_type() == ScalarType::Byte;
   check(bytes || images.scalar_type() == ScalarType::Float, op,
@@ -135,7 +173,6 @@ Tensor gather_augment(const Tensor& images, const Tensor& index, const Tensor& p
   check_dtype(op, "index", index, ScalarType::Long);
   check_same_device(op, "index", index, "the images", images);
   check(index.is_contiguous(), op, ": index must be contiguous");
-  const DType out_dtype = floating_dtype(op, "dtype", dtype);
   const ImageSize size{images.size(3), images.size(1), images.size(2)};
   for (const auto& [argument, tensor] : {std::pair{"mean", &mean}, std::pair{"std", &std}}) {
     check_dtype(op, argument, *tensor, ScalarType::Float);
@@ -152,39 +189,27 @@ Tensor gather_augment(const Tensor& images, const Tensor& index, const Tensor& p
     check(picks[n] >= 0 && picks[n] < images.size(0), op, ": index must be from 0 to ",
           images.size(0) - 1, ", got ", picks[n], " at position ", n);
   }
-
-  Tensor y = new_images(op, images, {count, size.channels, size.height, size.width}, dtype, true);
-  if (y.numel() == 0) return y;
-  const float* means = mean.const_data_ptr<float>();
-  const float* deviations = std.const_data_ptr<float>();
-  const Images from{const_cast<void*>(images.const_data_ptr()),
-                    bytes ? DType::kUInt8 : DType::kFloat32,
-                    images.stride(0),
-                    images.stride(3),
-                    images.stride(1),
-                    images.stride(2)};
-  const Images to = as_images(y, out_dtype, y.mutable_data_ptr());
-#ifdef DMFAST_CUDA
-  if (!images.is_cpu()) {
-    launch_images(op, images, count, size, [&](double* sums, void* stream) {
-      return gather_augment_launch(from, images.size(0), picks, {nullptr, means, deviations}, to,
-                                   size, rows, sums, stream);
-    });
-    return y;
+  Gathering gathering{
+      {const_cast<void*>(images.const_data_ptr()), bytes ? DType::kUInt8 : DType::kFloat32,
+       images.stride(0), images.stride(3), images.stride(1), images.stride(2)},
+      images.size(0),
+      picks,
+      count,
+      size,
+      rows,
+      mean.const_data_ptr<float>(),
+      std.const_data_ptr<float>(),
+      {}};
+  if (bytes && images.is_cpu()) {
+    gathering.lookup.resize(size.channels * 256);
+    for (size_t i = 0; i < gathering.lookup.size(); ++i) {
+      gathering.lookup[i] =
+          (static_cast<float>(i % 256) / 255.0f - gathering.mean[i / 256]) / gathering.std[i / 256];
+    }
   }
-#endif
-  std::vector<float> lookup(bytes ? size.channels * 256 : 0);
-  for (size_t i = 0; i < lookup.size(); ++i) {
-    lookup[i] = (static_cast<float>(i % 256) / 255.0f - means[i / 256]) / deviations[i / 256];
-  }
-  const Normalisation normalisation{lookup.data(), means, deviations};
-  torch::stable::parallel_for(0, count, grain(size), [&](int64_t begin, int64_t end) {
-    gather_augment_range(from, picks, normalisation, to, size, rows, begin, end);
-  });
-  return y;
+  return gathering;
 }
 
-}  // namespace
 }  // namespace dmfast
 
 STABLE_TORCH_LIBRARY_IMPL(dmfast, CPU, m) {

@@ -66,8 +66,8 @@ Tensor class_means(const char* op, const char* argument, const Tensor& rows, con
   if (means.numel() == 0) return means;
   const char* from = const_bytes(dense);
   char* to = bytes(means);
-  // Tasks are runs of columns of one class: enough of them even for one class.
-  const int64_t columns = 512, runs = (width + columns - 1) / columns;
+  // Tasks are classes, or runs of columns where these are few.
+  const int64_t columns = groups.groups < 8 ? 512 : width, runs = (width + columns - 1) / columns;
   torch::stable::parallel_for(0, groups.groups * runs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t k = task / runs, first = groups.first(k);

@@ -2,43 +2,23 @@
 #include "class_mean_cpu.h"
 
 #include <algorithm>
+#include <type_traits>
 
+#include "class_mean_isa.h"
+#include "cpu_isa.h"
 #include "cpu_types.h"
 
 namespace dmfast {
 namespace {
 
-// Rounding grows with the length of a chain of additions: sums of short runs are summed in turn.
-// The order depends on the sizes alone, so that the result has the same bits on any number of
-// threads.
-constexpr int64_t kRun = 16;
-constexpr int64_t kColumnsAtOnce = 256;  // three rows of these in accumulators fit any L1
+constexpr int64_t kRun = 16;  // see class_mean_loops.h
 
 }  // namespace
 
 void class_mean_range(const void* rows, DType dtype, int64_t count, int64_t width, int64_t begin,
                       int64_t end, void* mean) {
-  with_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    using acc_t = typename Accumulator<T>::type;
-    const T* from = static_cast<const T*>(rows);
-    acc_t* to = static_cast<acc_t*>(mean);
-    for (int64_t d0 = begin; d0 < end; d0 += kColumnsAtOnce) {
-      const int64_t columns = std::min(kColumnsAtOnce, end - d0);
-      acc_t total[kColumnsAtOnce] = {};
-      for (int64_t first = 0; first < count; first += kRun) {
-        acc_t run[kColumnsAtOnce] = {};
-        for (int64_t row = first; row < std::min(first + kRun, count); ++row) {
-          const T* values = from + row * width + d0;
-          for (int64_t d = 0; d < columns; ++d) run[d] += static_cast<acc_t>(values[d]);
-        }
-        for (int64_t d = 0; d < columns; ++d) total[d] += run[d];
-      }
-      for (int64_t d = 0; d < columns; ++d) {
-        to[d0 + d] = count > 0 ? total[d] / static_cast<acc_t>(count) : acc_t(0);
-      }
-    }
-  });
+  static const auto loop = for_this_cpu(&class_mean_plain, &class_mean_avx2, &class_mean_avx512);
+  loop(rows, dtype, count, width, begin, end, mean);
 }
 
 void class_mean_backward_rows(const void* mean_gradient, DType dtype, int64_t count, int64_t width,

@@ -20,6 +20,27 @@ STABLE_TORCH_LIBRARY(dmfast, m) {
       "_class_mean_backward(Tensor gradient, SymInt rows, Tensor? offsets, ScalarType dtype) -> "
       "Tensor");
 
+  m.def(
+      "instance_norm_relu_pool(Tensor x, Tensor? weight, Tensor? bias, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "_instance_norm_relu_pool_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, "
+      "Tensor statistics, float eps, bool[] wanted) -> (Tensor, Tensor, Tensor)");
+
+  // weight and bias [filters], or [networks, filters] where conv_weight has a leading axis of
+  // networks; z is kept for the backward, if it is to be and is worth keeping.
+  m.def(
+      "conv_norm_relu_pool(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, float eps, "
+      "int padding, bool bfloat16, bool keep) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_conv_norm_relu_pool_backward(Tensor gradient, Tensor x, Tensor conv_weight, "
+      "Tensor? weight, Tensor? bias, Tensor z, Tensor statistics, int padding, bool bfloat16, "
+      "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "convnet_class_mean(Tensor images, Tensor index, Tensor offsets, Tensor params, Tensor mean, "
+      "Tensor std, Tensor[] weights, int padding, float eps, bool bfloat16) -> Tensor");
+  m.def("_cpu_kernels() -> str");
+
   // A step is a number, or a tensor on the device that is read when the operator runs.
   m.def(
       "draw_augmentation_(Tensor(a!) params, int[] words, bool all, int groups, int rows, "

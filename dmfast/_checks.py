@@ -62,6 +62,19 @@ def tensors(op: str, required: dict[str, Any], optional: dict[str, Any] | None =
         )
 
 
+def rank(op: str, name: str, tensor: Tensor, axes: int, layout: str) -> None:
+    if tensor.dim() != axes:
+        raise RuntimeError(f"{op}: {name} must have shape {layout}, got {list(tensor.shape)}")
+
+
+def dtype(op: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    if tensor.dtype not in allowed:
+        *others, last = dict.fromkeys(str(one).removeprefix("torch.") for one in allowed)
+        listed = f"{', '.join(others)} or {last}" if others else last
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise RuntimeError(f"{op}: {name} must be {listed}, got {got}")
+
+
 def listed(op: str, name: str, values: Any) -> list[Any]:
     """The elements of a list.
 
@@ -73,6 +86,20 @@ def listed(op: str, name: str, values: Any) -> list[Any]:
     return list(values)
 
 
+def number(op: str, name: str, value: Any) -> float:
+    """A real number, as a float.
+
+    Raises:
+        TypeError: it is none, or text.
+    """
+    try:
+        if not isinstance(value, (str, bytes, bytearray)):
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
 def numbers(op: str, name: str, values: Any) -> list[float]:
     """Real numbers, as floats.
 
@@ -80,9 +107,16 @@ def numbers(op: str, name: str, values: Any) -> list[float]:
         TypeError: one is none.
     """
     try:
-        return [float(value) for value in values]
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return [number(op, name, value) for value in values]
+    except (TypeError, RuntimeError):
         raise TypeError(f"{op}: {name} must be a list of numbers") from None
+
+
+def of_layers(op: str, error: RuntimeError) -> RuntimeError:
+    """What torch's own layers raised where an operator is made of them: in a line that names it."""
+    kind = type(error) if isinstance(error, torch.OutOfMemoryError) else RuntimeError
+    line = str(error).partition("\n")[0]
+    return kind(f"{op}: torch's layers raised {type(error).__name__}: {line}")
 
 
 def key(op: str, seed: Any, step: Any, stream: Any) -> tuple[int, int, Tensor | None, int]:

@@ -18,7 +18,7 @@ from . import ops
 from .data import ImageData
 from .devices import autocast, memory_format
 from .errors import InputError
-from .networks import Network, has_batch_norm, initialise_
+from .networks import ConvNet, Network, has_batch_norm, initialise_
 from .ops import Stream
 
 # How many images a forward pass takes, in pixels, by device type. On a CPU, of 32 to 512 images of
@@ -174,16 +174,11 @@ def matching_gradient(
     loss = synthetic.new_zeros(())
     for chunk in chunks:
         transforms = params[chunk.classes]
-        embeddings = [
-            _embed_real(network, real, index[part.rows], transforms, part.offsets, precision)
-            for part in chunk.passes
-        ]
+        embeddings, offsets = _embed_real(network, real, index, transforms, chunk, precision)
         images = synthetic[chunk.synthetic].detach().requires_grad_()
         with autocast(images.device, precision):
             embedded = network.embed(ops.siamese_augment(images, transforms))
-        term = ops.class_mean_discrepancy(
-            torch.cat(embeddings), embedded, len(transforms), chunk.offsets
-        )
+        term = ops.class_mean_discrepancy(embeddings, embedded, len(transforms), offsets)
         (gradient[chunk.synthetic],) = torch.autograd.grad(term, images)
         loss += term.detach()
     return loss, gradient
@@ -202,6 +197,37 @@ def descend_(
 
 @torch.no_grad()
 def _embed_real(
+    network: Network,
+    real: RealImages,
+    index: Tensor,
+    params: Tensor,
+    chunk: Chunk,
+    precision: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The embeddings of the chunk's real images, or the mean of each class, and their offsets."""
+    device = index.device
+    if isinstance(network, ConvNet) and (blocks := network.fused_blocks(device)):
+        means = ops.convnet_class_mean(
+            real.images,
+            index[chunk.rows],
+            chunk.offsets,
+            params,
+            real.mean,
+            real.std,
+            [weight for block in blocks for weight in block.weights],
+            padding=blocks[0].padding,
+            eps=blocks[0].eps,
+            precision=precision,
+        )
+        return means, None
+    embeddings = [
+        _embed_pass(network, real, index[part.rows], params, part.offsets, precision)
+        for part in chunk.passes
+    ]
+    return torch.cat(embeddings), chunk.offsets
+
+
+def _embed_pass(
     network: Network,
     real: RealImages,
     index: Tensor,

@@ -7,11 +7,13 @@ State dicts are named as in the published code, so its checkpoints load.
 from __future__ import annotations
 
 import re
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._blocks import is_fused
 from .errors import InputError
 from .ops import Stream
 
@@ -26,7 +28,7 @@ _MAX_DEPTH, _MAX_WIDTH = 64, 8192  # beyond anything in use, within any memory
 class Network(nn.Module):
     """A classifier of images [N, C, H, W]: a linear layer on an embedding."""
 
-    features: nn.Module
+    features: nn.Sequential
     classifier: nn.Linear
 
     def embed(self, x: Tensor) -> Tensor:
@@ -40,12 +42,32 @@ class Network(nn.Module):
         return logits
 
 
+class FusedBlock(NamedTuple):
+    """A block as :func:`dmfast.ops.conv_norm_relu_pool` takes it.
+
+    ``weights`` are the convolution's, the norm's weight and its bias.
+    """
+
+    weights: tuple[Tensor, Tensor, Tensor]
+    eps: float
+    padding: int
+
+
 class ConvNet(Network):
     """Blocks of 3x3 convolution, normalisation, activation and 2x2 pooling.
 
     The arguments after ``size`` are the parts of a name, spelled as there (see
     :func:`get_network`). Images of one channel are padded by 3 in the first convolution, so that
     28x28 becomes 32x32; odd sides lose a row or column in pooling.
+
+    Where the kernels of :func:`dmfast.ops.conv_norm_relu_pool` take its blocks, which is on a CPU
+    and with norm IN, activation R and pool AP, ``embed`` goes by them. There is no second
+    derivative then; ``fused`` set to False has it go by torch's own layers, as do layers that were
+    replaced or hooked, forward mode and ``torch.func``. Under autocast to bfloat16 the products
+    are of bfloat16; the embedding keeps the dtype of the images.
+
+    Attributes:
+        fused: whether ``embed`` may go by the fused blocks.
 
     Raises:
         InputError: where pooling leaves nothing of the images, depth or width is beyond reason, or
@@ -91,6 +113,84 @@ class ConvNet(Network):
                 )
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(width * rows * columns, classes)
+        self.fused = True
+
+    def embed(self, x: Tensor) -> Tensor:
+        """See :class:`Network`."""
+        blocks = self.fused_blocks(x.device, x.dtype)
+        if blocks is None:
+            return super().embed(x)
+        precision = None
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+            precision = "bfloat16"
+        for block in blocks:
+            x = ops.conv_norm_relu_pool(
+                x, *block.weights, block.eps, block.padding, precision=precision
+            )
+        return x.flatten(1)
+
+    def fused_blocks(
+        self, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> list[FusedBlock] | None:
+        """The blocks, or None where images of that dtype and device go by torch's own layers."""
+        if not (self.fused and device.type == "cpu") or _is_transformed():
+            return None
+        blocks = _blocks(self.features)
+        if blocks is None:
+            return None
+        padding = max(block.padding for block in blocks)
+        conv_weights = [block.weights[0] for block in blocks]
+        return blocks if is_fused(conv_weights, padding, None, dtype) else None
+
+
+def _blocks(features: nn.Module) -> list[FusedBlock] | None:
+    """What the layers are as fused blocks, or None where they are anything else.
+
+    Layers may have been replaced or hooked since they were made: pruning does so, for one.
+    """
+    layers: list[Any] = list(features.children())
+    if not layers or len(layers) % 4 or any(map(_has_hooks, [features, *layers])):
+        return None
+    blocks = []
+    for first in range(0, len(layers), 4):
+        conv, norm, activation, pool = layers[first : first + 4]
+        types = type(conv), type(norm), type(activation), type(pool)
+        if types != (nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d):
+            return None
+        plain = (
+            conv.kernel_size == (3, 3)
+            and conv.stride == conv.dilation == (1, 1)
+            and conv.groups == 1
+            and conv.padding_mode == "zeros"
+            and conv.padding in ((1, 1), (conv.padding[0],) * 2 if first == 0 else (1, 1))
+            and conv.bias is not None
+            and norm.num_groups == norm.num_channels
+            and norm.affine
+            and norm.eps == layers[1].eps
+            and (pool.kernel_size, pool.stride, pool.padding) == (2, 2, 0)
+            and not pool.ceil_mode
+        )
+        if not plain:
+            return None
+        bias = norm.bias
+        if torch.is_grad_enabled() and conv.bias.requires_grad:
+            # The norm cancels the convolution's bias: its gradient is zero, but is one.
+            bias = bias + 0 * conv.bias
+        blocks.append(FusedBlock((conv.weight, norm.weight, bias), norm.eps, conv.padding[0]))
+    return blocks
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def _is_transformed() -> bool:
+    """Whether derivatives are taken that the operators have none for: forward mode, torch.func."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def get_network(

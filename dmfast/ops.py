@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The fused operators: per operator its wrapper, its fake and its autograd.
+"""The fused operators: per operator its wrapper, its fake and its autograd (the blocks of a network
+in ``_blocks.py`` and ``_convnet.py``).
 
 Tensors are dense and live on one device. *Groups* of rows (classes, or networks, or single images)
 are given by ``offsets``, int64 [G + 1]: rows ``offsets[g]`` to ``offsets[g + 1] - 1`` belong to
@@ -32,21 +33,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _load
+from . import _checks
+from ._blocks import conv_norm_relu_pool, instance_norm_relu_pool
+from ._convnet import convnet_class_mean
+from ._operators import accumulation_dtype, like_images, no_gradient
+from ._operators import operators as _ops
 from .augment import STRENGTH, WORDS, Column, full_strength, parse_strategy
 
 __all__ = [
     "Stream",
     "class_mean_discrepancy",
+    "conv_norm_relu_pool",
+    "convnet_class_mean",
     "draw_augmentation",
     "draw_batch",
     "draw_weights_",
     "gather_augment",
+    "instance_norm_relu_pool",
     "siamese_augment",
 ]
-
-_load.load_extension()
-_ops = torch.ops.dmfast
 
 
 class Stream(IntEnum):
@@ -99,20 +104,14 @@ def siamese_augment(x: Tensor, params: Tensor, offsets: Tensor | None = None) ->
     return out
 
 
-def _like_images(x: Tensor) -> Tensor:
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty_like(x, memory_format=memory_format)
-
-
 @torch.library.register_fake("dmfast::siamese_augment")
 def _(x: Tensor, params: Tensor, offsets: Tensor | None = None) -> Tensor:
-    return _like_images(x)
+    return like_images(x)
 
 
 @torch.library.register_fake("dmfast::_siamese_augment_backward")
 def _(gradient: Tensor, params: Tensor, offsets: Tensor | None) -> Tensor:
-    return _like_images(gradient)
+    return like_images(gradient)
 
 
 def _siamese_augment_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -260,10 +259,6 @@ def class_mean_discrepancy(
     return loss
 
 
-def _accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
 @torch.library.register_fake("dmfast::class_mean_discrepancy")
 def _(
     real: Tensor,
@@ -272,14 +267,14 @@ def _(
     real_offsets: Tensor | None = None,
     syn_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    dtype = _accumulation_dtype(real.dtype, syn.dtype)
+    dtype = accumulation_dtype(real.dtype, syn.dtype)
     shape = (classes, real.shape[1])
     return real.new_empty((), dtype=dtype), real.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("dmfast::_class_mean")
 def _(rows: Tensor, classes: int, offsets: Tensor | None) -> Tensor:
-    return rows.new_empty((classes, rows.shape[1]), dtype=_accumulation_dtype(rows.dtype))
+    return rows.new_empty((classes, rows.shape[1]), dtype=accumulation_dtype(rows.dtype))
 
 
 @torch.library.register_fake("dmfast::_class_mean_backward")
@@ -301,7 +296,7 @@ def _discrepancy_backward(
     gradients: list[Tensor | None] = [None, None]
     for side, (rows, dtype) in enumerate(ctx.sides):
         if ctx.needs_input_grad[side]:
-            signed = (-total if side else total).to(_accumulation_dtype(dtype))
+            signed = (-total if side else total).to(accumulation_dtype(dtype))
             gradients[side] = _ops._class_mean_backward(signed, rows, offsets[side], dtype)
     return gradients[0], gradients[1], None, None, None
 
@@ -566,18 +561,5 @@ def _(tensors: Sequence[Tensor], *rest: Any) -> None:
     return None
 
 
-# ---- shared ------------------------------------------------------------------------------------
-
-
-def _no_gradient(name: str) -> None:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        return None
-
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(f"{name} has no gradient")
-
-    torch.library.register_autograd(f"dmfast::{name}", backward, setup_context=setup)
-
-
 for _name in ("gather_augment", "draw_batch"):
-    _no_gradient(_name)
+    no_gradient(_name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,65 @@ def class_mean_discrepancy(
         if len(of_real):
             loss = loss + (of_real.to(dtype).mean(0) - of_syn.to(dtype).mean(0)).square().sum()
     return loss
+
+
+# ---- instance_norm_relu_pool, conv_norm_relu_pool ----------------------------------------------
+
+
+def instance_norm_relu_pool(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """As :func:`dmfast.ops.instance_norm_relu_pool`."""
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # group_norm has no backward for a bias alone
+    networks = len(weight) if weight is not None and weight.dim() == 2 else 1
+    parts = []
+    for r, part in enumerate(x.tensor_split(networks)):
+        scale, shift = (p[r] if p is not None and p.dim() == 2 else p for p in (weight, bias))
+        y = F.group_norm(part, part.shape[1], scale, shift, eps)
+        parts.append(F.avg_pool2d(F.relu(y), 2))
+    return torch.cat(parts)
+
+
+def conv_norm_relu_pool(
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    padding: int = 1,
+    precision: str | None = None,
+) -> Tensor:
+    """As :func:`dmfast.ops.conv_norm_relu_pool`, in the dtype of x whatever the precision."""
+    networks = conv_weight if conv_weight.dim() == 5 else conv_weight[None]
+    parts = zip(x.tensor_split(len(networks)), networks, strict=True)
+    z = torch.cat([F.conv2d(part, filters, padding=padding) for part, filters in parts])
+    return instance_norm_relu_pool(z, weight, bias, eps)
+
+
+# ---- convnet_class_mean ------------------------------------------------------------------------
+
+
+def convnet_class_mean(
+    images: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    params: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    padding: int = 1,
+    eps: float = 1e-5,
+    precision: str | None = None,
+) -> Tensor:
+    """As :func:`dmfast.ops.convnet_class_mean`, in the dtype of the weights."""
+    x = gather_augment(images, index, params, mean, std, weights[0].dtype, offsets)
+    for block in range(0, len(weights), 3):
+        conv_weight, weight, bias = weights[block : block + 3]
+        x = conv_norm_relu_pool(x, conv_weight, weight, bias, eps, 1 if block else padding)
+    rows = [x.flatten(1)[first:end] for first, end in pairwise(offsets.tolist())]
+    return torch.stack([of_group.sum(0) / max(1, len(of_group)) for of_group in rows])
 
 
 # ---- Random numbers ----------------------------------------------------------------------------

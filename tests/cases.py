@@ -87,7 +87,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
         n, c, h, w = x.shape
-        larger = torch.full((n, c + 1, h + 2, 2 * w + 1), torch.nan, dtype=x.dtype)
+        around = torch.nan if x.is_floating_point() else 1
+        larger = torch.full((n, c + 1, h + 2, 2 * w + 1), around, dtype=x.dtype)
         view = larger[:, 1:, 1 : h + 1, 1::2]
         return view.copy_(x)
     return x.contiguous()

@@ -15,11 +15,16 @@ SURFACE = {
     "dmfast.ops": [
         "Stream",
         "class_mean_discrepancy(real, syn, classes, real_offsets=None, syn_offsets=None)",
+        "conv_norm_relu_pool(x, conv_weight, weight=None, bias=None, eps=1e-05, padding=1, "
+        "precision=None)",
+        "convnet_class_mean(images, index, offsets, params, mean, std, weights, *, padding=1, "
+        "eps=1e-05, precision=None)",
         "draw_augmentation(strategy, groups, size, seed, step, *, rows=1, first_group=0, stream, "
         "strength=None, mode='single', device=None)",
         "draw_batch(order, class_offsets, offsets, rows, seed, step, *, first_class=0, stream)",
         "draw_weights_(tensors, bounds, seed, step, *, networks=None, first_network=0, stream)",
         "gather_augment(images, index, params, mean, std, dtype, offsets=None)",
+        "instance_norm_relu_pool(x, weight=None, bias=None, eps=1e-05)",
         "siamese_augment(x, params, offsets=None)",
     ],
     "dmfast.compat": [

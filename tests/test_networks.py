@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from dmfast.errors import InputError
-from dmfast.networks import get_network, has_batch_norm, initialise_
+from dmfast.networks import ConvNet, get_network, has_batch_norm, initialise_
 from dmfast.ops import Stream
 
 SHARED = Path(os.environ.get("DMFAST_SHARED", Path(__file__).parents[2] / "shared"))
@@ -229,3 +231,80 @@ def test_works_under_channels_last_autocast_and_functional_call(name: str) -> No
         low = network(x)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), logits, rtol=0.1, atol=0.1)
+
+
+# ---- The fused blocks --------------------------------------------------------------------------
+
+
+def small() -> ConvNet:
+    network = get_network("ConvNetD2W16", 3, 10, (12, 12), seed=0)
+    assert isinstance(network, ConvNet)
+    return network
+
+
+def is_fused(network: ConvNet) -> bool:
+    return network.fused_blocks(torch.device("cpu")) is not None
+
+
+@pytest.mark.skipif(not is_fused(small()), reason="DMFAST_CPU asks for torch's own layers")
+def test_fused_blocks_give_what_the_layers_do() -> None:
+    network = small()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.manual_seed(0))
+    x = torch.randn(5, 3, 12, 12, generator=torch.manual_seed(1), requires_grad=True)
+    results = []
+    for fused in (True, False):
+        network.fused = fused
+        assert is_fused(network) == fused
+        logits = network(x)
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(5))
+        results.append([logits, *torch.autograd.grad(loss, [x, *network.parameters()])])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
+    "another norm": lambda f: f.__setitem__(1, nn.BatchNorm2d(16)),
+    "fewer groups": lambda f: f.__setitem__(1, nn.GroupNorm(4, 16)),
+    "another eps": lambda f: setattr(f[5], "eps", 1e-3),
+    "reflection": lambda f: setattr(f[0], "padding_mode", "reflect"),
+    "a stride": lambda f: setattr(f[4], "stride", (2, 2)),
+    "no bias": lambda f: setattr(f[0], "bias", None),
+    "another pool": lambda f: f.__setitem__(3, nn.AvgPool2d(3, stride=2, padding=1)),
+    "no pool": lambda f: f.__delitem__(7),
+    "a hook": lambda f: f[2].register_forward_hook(lambda *_: None),
+    "a hook before": lambda f: f[0].register_forward_pre_hook(lambda *_: None),
+    "a hook on all": lambda f: f.register_forward_hook(lambda *_: None),
+    "pruning": lambda f: prune.l1_unstructured(f[4], "weight", amount=0.5),
+    "a parametrisation": lambda f: parametrizations.weight_norm(f[4]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_layers_are_not_fused(change: str) -> None:
+    network = small()
+    CHANGES[change](network.features)
+    assert not is_fused(network)
+    x = torch.randn(3, 3, 12, 12)
+    assert torch.equal(network.embed(x), network.features(x).flatten(1))
+
+
+def test_forward_mode_goes_by_the_layers() -> None:
+    network = small().requires_grad_(False)
+    x, tangent = torch.randn(2, 2, 3, 12, 12).unbind()
+    (_, derivative) = torch.func.jvp(network.embed, (x,), (tangent,))
+    network.fused = False
+    assert torch.equal(derivative, torch.func.jvp(network.embed, (x,), (tangent,))[1])
+    assert derivative.any()
+
+
+def test_a_second_derivative_names_the_way() -> None:
+    network, x = small(), torch.randn(2, 3, 12, 12, requires_grad=True)
+    if is_fused(network):
+        (gradient,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match='precision="direct"'):
+            gradient.square().sum().backward()
+    network.fused = False
+    (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
