@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import accuracy
+import iteration
 import pytest
 import torch
+from tables import with_content
 
 from dmfast import ops
 
@@ -82,6 +85,55 @@ def test_commands_have_these_options(command: str) -> None:
 
 
 def test_the_accuracy_table_is_that_of_the_results() -> None:
-    accuracy = runpy.run_path(str(ROOT / "benchmarks" / "accuracy.py"))
-    assert accuracy["with_table"](README) == README
-    assert accuracy["table"]().count("\n") > 2, "no results are committed"
+    assert accuracy.with_table(README) == README
+    assert accuracy.table().count("\n") > 2, "no results are committed"
+
+
+def test_the_table_of_times_is_that_of_the_results() -> None:
+    assert iteration.with_table(README) == README
+
+
+def test_a_table_of_times(tmp_path: Path) -> None:
+    """A row for each precision, with the CPU's name below; the README keeps all else."""
+    times = {
+        contender: {"median": seconds, "min": 0.9 * seconds, "max": 1.1 * seconds, "rounds": 3}
+        for contender, seconds in {
+            "published": 4.0,
+            "tidied float32": 2.0,
+            "tidied bfloat16": 1.0,
+            "dmfast float32": 0.5,
+            "dmfast bfloat16": 0.25,
+        }.items()
+    }
+    seconds = dict.fromkeys(iteration.PAGES, times)
+    result = {
+        "command": "python benchmarks/iteration.py run",
+        "date": "2000-01-01",
+        "machine": {"processor": "A CPU", "threads": 2},
+        "versions": {"torch": "9.9"},
+        "rate": {"float32": 1e12, "bfloat16": None},
+        "cases": {
+            "3x32x32-ipc10": {
+                "flop": 10**11,
+                "seconds": seconds,
+                "ratios": iteration._ratios(seconds),
+            }
+        },
+    }
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result))
+    _, _, *rows, _, note = iteration.table(path).splitlines()
+    assert [row.split(" | ", 1)[1] for row in rows] == [
+        "float32: 500.0 ms (450.0 to 550.0) | 8.0 x | 8.0 x | 4.0 x | 4.0 x |",
+        "bfloat16: 250.0 ms (225.0 to 275.0) | 16.0 x | 16.0 x | 4.0 x | 4.0 x |",
+    ]
+    assert note == (
+        "A CPU, 2 threads, between registers 1000 GFLOP/s in float32, torch 9.9, 2000-01-01: "
+        "`python benchmarks/iteration.py run`"
+    )
+    assert "dmfast float32      500.0 ms (450.0 to 550.0)   200.0 GFLOP/s  20.0%" in (
+        iteration.report(result)
+    )
+    assert with_content(README, "iteration", iteration.table(path)).count("16.0 x") == 2
+    with pytest.raises(ValueError, match="the README has no place for speed"):
+        with_content(README, "speed", "")
