@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 from golden import SHARED
 
 from dmfast import _load
+
+# A shell without job control starts what runs in the background with Ctrl-C ignored, and so would
+# the commands be that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing_for_cuda() -> str | None:
