@@ -38,11 +38,11 @@ $(STAMP): pyproject.toml
 lint: $(STAMP)-dev
 	"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
 	"$(PY)" -m mypy
-	"$(dir $(PY))clang-format" --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/emulation/*.cpp benchmarks/*.c
+	"$(dir $(PY))clang-format" --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/*/*.cpp benchmarks/*.c
 
 format: $(STAMP)-dev
 	"$(PY)" -m ruff check --fix . && "$(PY)" -m ruff format .
-	"$(dir $(PY))clang-format" -i csrc/*.cpp csrc/*.cu csrc/*.h tests/emulation/*.cpp benchmarks/*.c
+	"$(dir $(PY))clang-format" -i csrc/*.cpp csrc/*.cu csrc/*.h tests/*/*.cpp benchmarks/*.c
 
 $(STAMP)-dev: $(STAMP)
 	"$(PY)" -m pip install -q --no-build-isolation -e '.[dev]'
