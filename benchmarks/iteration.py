@@ -80,7 +80,8 @@ def _both(contender: str, make: Callable[[str], Run]) -> dict[str, Callable[[], 
 # ---- the cases ---------------------------------------------------------------------------------
 
 
-def _data(setting: Setting) -> ImageData:
+def random_images(setting: Setting) -> ImageData:
+    """A training set of that shape, for times: 1,000 images a class."""
     generator = torch.Generator().manual_seed(0)
     shape = (setting.classes * _REAL_IMAGES, *setting.size, setting.channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -104,7 +105,7 @@ def iteration_case(setting: Setting) -> Case:
     )
 
     def start() -> tuple[ImageData, torch.Tensor]:
-        data = _data(setting)
+        data = random_images(setting)
         return data, initial_images(data, setting.ipc, "real", seed=0)
 
     def published() -> Run:
@@ -149,7 +150,7 @@ def training_case(images: int, steps: int = 2) -> Case:
     title = f"training step, {images} images of 3x32x32, ConvNet-3"
 
     def start() -> tuple[ImageData, torch.Tensor, torch.Tensor]:
-        data = _data(setting)
+        data = random_images(setting)
         return data, data.normalise(data.train_images[:images]), data.train_labels[:images]
 
     def repeated(epoch: Run) -> Run:
@@ -228,6 +229,7 @@ def block_case(inputs: int, side: int, *, backward: bool, calls: int = 2) -> Cas
 def _cases() -> Iterator[tuple[str, Case]]:
     for ipc in (1, 10, 50):
         yield f"3x32x32-ipc{ipc}", iteration_case(Setting(ipc=ipc))
+    yield "3x32x32-ipc10-64", iteration_case(Setting(batch_real=64))  # the fast preset
     for ipc in (1, 10, 50):
         yield f"1x28x28-ipc{ipc}", iteration_case(Setting(channels=1, size=(28, 28), ipc=ipc))
     for ipc in (1, 10, 50):  # of two classes: an image costs four times one of 32x32

@@ -9,6 +9,7 @@ alone, never from values, and the checks come before the choice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -306,15 +307,22 @@ def is_fused(
     return conv_weights[0].device.type == "cpu" and not _cpu_is_direct()
 
 
+@cache
+def cpu_kernels() -> str:
+    """The instructions that the CPU's kernels use, with ``,direct`` where they are not to be used.
+
+    Raises:
+        RuntimeError: DMFAST_CPU says what no CPU or this one does not have.
+    """
+    kernels: str = _ops._cpu_kernels()
+    return kernels
+
+
 def _cpu_is_direct() -> bool:
     """Whether DMFAST_CPU asks for torch's layers; raises what is wrong with its value."""
-    global _cpu_kernels
-    if _cpu_kernels is None:
-        _cpu_kernels = _ops._cpu_kernels()
-    return _cpu_kernels.endswith("direct")
+    return cpu_kernels().endswith("direct")
 
 
-_cpu_kernels: str | None = None
 # To torch.compile the answer is a constant. torch.compiler.assume_constant_result says the same,
 # but imports the whole of the compiler.
 _cpu_is_direct._dynamo_marked_constant = True  # type: ignore[attr-defined]

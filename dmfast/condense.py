@@ -37,7 +37,7 @@ from .errors import InputError, choose
 from .matching import INITS, Matcher, initial_images
 from .memory import keep_freed_pages
 from .networks import get_network, has_batch_norm
-from .presets import preset
+from .presets import PRESETS, preset
 from .runs import Checkpoint, RunFolder, interrupts_deferred, locked
 from .synthetic import SyntheticSet, save_grid
 from .training import evaluate_set
@@ -49,6 +49,7 @@ _FREE_OPTIONS = frozenset(
     {
         *("iterations", "device", "data_root", "out", "resume", "overwrite", "cache", "download"),
         *("report_every", "checkpoint_every", "evaluate_every"),
+        "preset",  # only what follows from it counts
     }
 )
 
@@ -57,10 +58,10 @@ _FREE_OPTIONS = frozenset(
 class CondenseConfig:
     """The options of a run, named as on the command line.
 
-    Where None, ``model``, ``iterations``, ``lr_img``, ``batch_real`` and ``dsa_strategy`` (words
-    joined by underscores; "" for no augmentation) are the presets of the data set and ``ipc``, and
-    ``out`` is a folder in ``runs`` named after the run. ``classes_per_step`` is a number or
-    ``auto``.
+    ``preset`` is a name of :data:`dmfast.presets.PRESETS`. Where None, ``model``, ``iterations``,
+    ``lr_img``, ``batch_real`` and ``dsa_strategy`` (words joined by underscores; "" for no
+    augmentation) are what it says for the data set and ``ipc``, and ``out`` is a folder in ``runs``
+    named after the run. ``classes_per_step`` is a number or ``auto``.
 
     Raises:
         InputError: on values out of range, or options that exclude each other.
@@ -73,6 +74,7 @@ class CondenseConfig:
     iterations: int | None = None
     lr_img: float | None = None
     momentum: float = 0.5
+    preset: str = "paper"
     batch_real: int | None = None
     init: str = "real"
     dsa_strategy: str | None = None
@@ -110,6 +112,7 @@ class CondenseConfig:
         per_step = self.classes_per_step
         if per_step != "auto" and not (isinstance(per_step, int) and per_step >= 1):
             raise InputError(f"--classes-per-step must be auto, or 1 or more, got {per_step}")
+        choose("--preset", self.preset, PRESETS)
         choose("--init", self.init, INITS)
         choose("--precision", self.precision, PRECISIONS)
         if self.out == "":
@@ -133,7 +136,7 @@ class _Options(CondenseConfig):
     def of(config: CondenseConfig) -> _Options:
         name = canonical_name(config.dataset)
         given = {option: value for option, value in asdict(config).items() if value is not None}
-        options = {**asdict(preset(name, config.ipc)), **given}
+        options = {**asdict(preset(name, config.ipc, config.preset)), **given}
         device = resolve_device(config.device)
         short_name = re.sub(r"[^\w-]+", "-", Path(name).name)
         out = f"runs/{short_name}-{options['model']}-ipc{config.ipc}-seed{config.seed}"
@@ -144,7 +147,7 @@ class _Options(CondenseConfig):
                 "dataset": name,
                 "dsa_strategy": "_".join(parse_strategy(options["dsa_strategy"])),
                 "device": str(device),
-                "precision": resolve_precision(config.precision, device),
+                "precision": resolve_precision(config.precision, device, options["model"]),
             }
         )
 
@@ -527,6 +530,11 @@ def _parser() -> cli.Parser:
         metavar="DIR",
         help="what holds the data set's folder or files (default: ./data, then $DMFAST_DATA)",
     )
+    add(
+        "--preset",
+        metavar="NAME",
+        help="; ".join(f"{name}: {what}" for name, what in PRESETS.items()),
+    )
     add("--model", metavar="NAME", help="as ConvNetD4BN (default: the preset)")
     add("--ipc", metavar="N", type=int, help="synthetic images a class")
     add(
@@ -559,7 +567,7 @@ def _parser() -> cli.Parser:
         "--precision",
         metavar="KIND",
         help=f"of the network's passes: {', '.join(PRECISIONS)}; auto is bfloat16 on a GPU, "
-        "float32 on a CPU",
+        "and on a CPU that has its instructions where the model is made of fused blocks",
     )
     add("--seed", metavar="N", type=int, help="of all draws")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:N, or auto (a GPU where there is one)")

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from . import _load
+from ._blocks import cpu_kernels
 from ._version import __version__
 from .errors import InputError, choose
+from .networks import has_fused_blocks
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -49,12 +51,25 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+def resolve_precision(precision: str, device: torch.device, model: str) -> str:
+    """``float32`` or ``bfloat16``, of a network of that name.
+
+    ``auto`` is bfloat16 on a GPU; and on a CPU that has instructions for its products where the
+    network goes by the fused blocks, which keep all but the products in float32.
+
+    Raises:
+        InputError: the precision is unknown, or DMFAST_CPU says what this CPU does not have.
+    """
     choose("--precision", precision, PRECISIONS)
-    if precision == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
-    return precision
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bfloat16"
+    try:
+        kernels = cpu_kernels()
+    except RuntimeError as error:
+        raise InputError(str(error)) from error
+    return "bfloat16" if has_fused_blocks(model) and kernels == "avx512_bf16" else "float32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

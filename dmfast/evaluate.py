@@ -544,7 +544,8 @@ def _parser() -> cli.Parser:
         "--precision",
         choices=PRECISIONS,
         default=default.precision,
-        help="of the networks' passes; auto is bfloat16 on a GPU, float32 on a CPU",
+        help="of the networks' passes; auto is bfloat16 on a GPU, and on a CPU "
+        "that has its instructions where the model is made of fused blocks",
     )
     parser.add_argument(
         "--device",

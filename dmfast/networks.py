@@ -236,6 +236,16 @@ def get_network(
     return network
 
 
+def has_fused_blocks(name: str) -> bool:
+    """Whether a network of that name goes by the fused blocks, where device and images allow it."""
+    parts = _CONVNET.fullmatch(name)
+    if parts is None:
+        return False
+    _, width, activation, norm, pool = parts.groups()
+    kind = (activation or "R", norm or "IN", pool or "AP")
+    return kind == ("R", "IN", "AP") and int(width or 128) % 16 == 0
+
+
 def initialise_(
     network: nn.Module,
     seed: int,

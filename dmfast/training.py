@@ -175,7 +175,7 @@ class Evaluator:
     ) -> None:
         choose("--protocol", protocol, PROTOCOLS)
         self.device = resolve_device(device)
-        self.precision = resolve_precision(precision, self.device)
+        self.precision = resolve_precision(precision, self.device, model)
         self._protocol = PROTOCOLS[protocol]
         self._epochs, self._seed = epochs, seed
         self._strategy = "_".join(parse_strategy(strategy))
@@ -249,7 +249,8 @@ def evaluate_set(
         images: [N, C, H, W] float32, normalised by the mean and std of ``data``.
         labels: [N] int64.
         strategy: words of the augmentation joined by underscores; "" for none.
-        precision: ``float32``, ``bfloat16`` (the networks' passes), or ``auto``: bfloat16 on a GPU.
+        precision: ``float32``, ``bfloat16`` (the networks' passes), or ``auto``: bfloat16 on a GPU,
+            and on a CPU that has instructions for it where the network goes by the fused blocks.
         device: as torch names it, or ``auto``: a GPU where there is one.
         on_epoch: called after each of the ``networks * (epochs + 1)`` epochs.
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmfast import cli, condense, evaluate, matching
+from dmfast import cli, condense, devices, evaluate, matching
 from dmfast.condense import CondenseConfig
 from dmfast.errors import InputError
 from dmfast.presets import preset
@@ -140,6 +140,53 @@ def test_the_presets_are_the_papers(dataset, ipc, model, lr_img, flips) -> None:
     chosen = preset(dataset, ipc)
     assert (chosen.model, chosen.lr_img, "flip" in chosen.dsa_strategy) == (model, lr_img, flips)
     assert (chosen.iterations, chosen.batch_real) == (20_000, 256)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ipc", "lr_img"),
+    [
+        ("cifar10", 1, 4),
+        ("mnist", 10, 4),
+        ("cifar10", 50, 4),
+        ("cifar10", 100, 10),
+        ("digits", 1, 10),
+    ],
+)
+def test_the_fast_preset_sees_fewer_real_images(dataset, ipc, lr_img) -> None:
+    paper, fast = preset(dataset, ipc), preset(dataset, ipc, "fast")
+    assert (fast.iterations, fast.batch_real, fast.lr_img) == (500, 64, lr_img)
+    assert (fast.model, fast.dsa_strategy) == (paper.model, paper.dsa_strategy)
+
+
+def test_options_come_before_the_preset(out: Path) -> None:
+    assert command(*ARGUMENTS, "--preset", "fast", "--iterations", 2, "--out", out) == 0
+    options = json.loads((out / "config.json").read_text())["options"]
+    named = {name: options[name] for name in ("preset", "batch_real", "iterations", "lr_img")}
+    assert named == {"preset": "fast", "batch_real": 8, "iterations": 2, "lr_img": 10}
+    # On resuming, too, only what follows from it counts.
+    rest = ["--lr-img", 10, "--iterations", 4, "--out", out, "--resume"]
+    assert command(*ARGUMENTS, *rest) == 0
+
+
+@pytest.mark.parametrize(
+    ("kernels", "model", "precision"),
+    [
+        ("avx512_bf16", "ConvNet", "bfloat16"),
+        ("avx512_bf16", "ConvNetD4W64INAP", "bfloat16"),
+        ("avx512_bf16,direct", "ConvNet", "float32"),
+        ("avx512", "ConvNet", "float32"),
+        ("avx512_bf16", "ConvNetBN", "float32"),
+        ("avx512_bf16", "ConvNetW40", "float32"),
+        ("avx512_bf16", "ConvNetMP", "float32"),
+        ("avx512_bf16", "ConvNetAL", "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(monkeypatch, kernels, model, precision):
+    monkeypatch.setattr(devices, "cpu_kernels", lambda: kernels)
+    assert devices.resolve_precision("auto", torch.device("cpu"), model) == precision
+    assert devices.resolve_precision("auto", torch.device("cuda"), model) == "bfloat16"
+    for given in ("float32", "bfloat16"):
+        assert devices.resolve_precision(given, torch.device("cpu"), model) == given
 
 
 def test_small_classes_are_mentioned_once(out: Path, capsys) -> None:
@@ -386,6 +433,7 @@ def errors_of(capsys) -> str:
         ("--dataset cifar10 --data-root /not/there", "/not/there"),
         ("--model ConvNetQ", "'ConvNetQ'"),
         ("--model ConvNetD9", "too small"),
+        ("--preset quick", "'quick'; choose from paper, fast"),
         ("--dsa-strategy color_blur", "'blur'.*rotate"),
         ("--init zeros", "--init.*'zeros'.*real, noise"),
         ("--precision half", "--precision.*'half'.*float32"),
@@ -423,6 +471,20 @@ def test_what_cannot_be_used_is_named_in_one_line(out: Path, capsys, arguments, 
     assert command("--out", out, *arguments.split()) == 2
     line = errors_of(capsys)
     assert re.search(words, line), line
+    assert not out.exists()
+
+
+def test_a_wrong_dmfast_cpu_is_named_in_one_line(out: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dmfast.condense", *ARGUMENTS, "--out", out],
+        env=os.environ | {"DMFAST_CPU": "sse9"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "DMFAST_CPU must be" in done.stderr
+    assert "'sse9'" in done.stderr
+    assert done.stderr.count("\n") == 1
     assert not out.exists()
 
 
