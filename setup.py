@@ -86,11 +86,16 @@ def find_cuda() -> Path | None:
     return None
 
 
-def arch_flags() -> str:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, as torch reads it: "8.0;9.0a;12.0+PTX"."""
-    flags = []
+def architectures() -> list[str]:
+    """The entries of TORCH_CUDA_ARCH_LIST, as torch reads it: "8.0;9.0a;12.0+PTX"."""
     archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
-    for entry in archs.replace(" ", ";").split(";"):
+    return archs.replace(" ", ";").split(";")
+
+
+def arch_flags() -> str:
+    """nvcc's -gencode flags for them."""
+    flags = []
+    for entry in architectures():
         arch, _, ptx = entry.partition("+")
         number = arch.replace(".", "")
         if not number.rstrip("af").isdigit() or ptx not in ("", "PTX"):
@@ -167,6 +172,9 @@ class NinjaBuild(build_ext):
             lines.append(f"build {source.name}.o: {rule} {escape(source)}")
             if rule == "nvcc" and source.name.startswith(WITHOUT_FMAD):
                 lines.append("  flags = --fmad=false")
+            elif cuda_sources and source.name in ("cuda_architectures.cpp", "error_cuda.cu"):
+                names = shlex.quote(f'"{" ".join(architectures())}"')
+                lines.append(f"  flags = -DDMFAST_CUDA_ARCHITECTURES={names}")
             elif source.name == "conv_block_plain.cpp":
                 lines.append(f"  flags = {CONV_BLOCK_FLAGS}")
             elif source.name in INSTRUCTION_SETS and platform.machine() in ("x86_64", "AMD64"):

@@ -29,3 +29,9 @@ def load_extension() -> None:
 def has_cuda_operators() -> bool:
     """Whether this build has the CUDA operators."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("dmfast::siamese_augment", "CUDA"))
+
+
+@functools.cache
+def cuda_architectures() -> tuple[str, ...]:
+    """What this build's CUDA operators are compiled for, as in ``TORCH_CUDA_ARCH_LIST``."""
+    return tuple(str(torch.ops.dmfast._cuda_architectures()).split())

@@ -18,22 +18,33 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from . import charts, cli
 from .augment import WORDS, parse_strategy
 from .data import ImageData, canonical_name
 from .data import load as load_data
-from .devices import PRECISIONS, peak_memory, resolve_device, resolve_precision
+from .devices import (
+    PRECISIONS,
+    format_bytes,
+    free_memory,
+    is_out_of_memory,
+    memory_budget,
+    parse_bytes,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+)
 from .errors import InputError, choose
+from .loop import GRAPHS, Loop, Reading, Recorder, recorder_of
 from .matching import INITS, Matcher, initial_images
 from .memory import keep_freed_pages
 from .networks import get_network, has_batch_norm
@@ -48,7 +59,7 @@ _MAX_ITERATIONS = 2**32  # the number of an iteration is a 32-bit word of the ra
 _FREE_OPTIONS = frozenset(
     {
         *("iterations", "device", "data_root", "out", "resume", "overwrite", "cache", "download"),
-        *("report_every", "checkpoint_every", "evaluate_every"),
+        *("report_every", "checkpoint_every", "evaluate_every", "graph", "memory_budget"),
         "preset",  # only what follows from it counts
     }
 )
@@ -61,7 +72,8 @@ class CondenseConfig:
     ``preset`` is a name of :data:`dmfast.presets.PRESETS`. Where None, ``model``, ``iterations``,
     ``lr_img``, ``batch_real`` and ``dsa_strategy`` (words joined by underscores; "" for no
     augmentation) are what it says for the data set and ``ipc``, and ``out`` is a folder in ``runs``
-    named after the run. ``classes_per_step`` is a number or ``auto``.
+    named after the run. ``classes_per_step`` is a number or ``auto``; ``memory_budget`` a size as
+    ``8G`` or ``auto``.
 
     Raises:
         InputError: on values out of range, or options that exclude each other.
@@ -88,6 +100,8 @@ class CondenseConfig:
     checkpoint_every: int = 200
     evaluate_every: int = 0
     classes_per_step: int | str = "auto"
+    graph: str = "auto"
+    memory_budget: str = "auto"
     cache: bool = True
     download: bool = False
 
@@ -115,6 +129,9 @@ class CondenseConfig:
         choose("--preset", self.preset, PRESETS)
         choose("--init", self.init, INITS)
         choose("--precision", self.precision, PRECISIONS)
+        choose("--graph", self.graph, GRAPHS)
+        if self.memory_budget != "auto":
+            parse_bytes("--memory-budget", self.memory_budget)
         if self.out == "":
             raise InputError("--out is empty: name a folder, or leave it out")
         if self.resume and self.overwrite:
@@ -184,11 +201,12 @@ def _run(config: CondenseConfig, options: _Options, folder: RunFolder) -> Synthe
         if config.precision == "auto":  # on another device, too, a run goes on as it began
             options = replace(options, precision=checkpoint.options["precision"])
         _check_options(options, checkpoint, folder)
+    recorder = recorder_of(options.graph, torch.device(options.device))
     source = load_data(
         options.dataset, options.data_root, cache=options.cache, download=options.download
     )
     with _memory_checked(options):
-        condensation = _Condensation(options, source, folder, checkpoint)
+        condensation = _Condensation(options, source, folder, checkpoint, recorder)
     condensation.prepare_folder()
     _mention_small_classes(source, options.batch_real)
     return condensation.run()
@@ -203,20 +221,21 @@ class _Condensation:
         source: ImageData,
         folder: RunFolder,
         checkpoint: Checkpoint | None,
+        recorder: Recorder | None,
     ) -> None:
         self._options, self._source, self._folder = options, source, folder
         self._resumed = checkpoint
         self._data = _checksum(source)
         if checkpoint is None:
             images = initial_images(source, options.ipc, options.init, options.seed)
-            self._iteration, self._seconds = 0, 0.0
+            iteration, self._seconds = 0, 0.0
         else:
             if checkpoint.data != self._data:
                 raise InputError(
                     f"the images of {source.name} are not those that {folder.path} was begun with: "
                     "name theirs by --data-root, or choose another --out"
                 )
-            images, self._iteration = checkpoint.images, checkpoint.iteration
+            images, iteration = checkpoint.images, checkpoint.iteration
             self._seconds = checkpoint.seconds
         network = get_network(
             options.model, source.channels, source.classes, source.size, options.seed
@@ -226,6 +245,8 @@ class _Condensation:
                 f"--classes-per-step: {options.model} normalises over all classes at once, so they "
                 "cannot be divided; leave the option out, or choose a model without batch norm"
             )
+        device = torch.device(options.device)
+        budget = memory_budget(options.memory_budget, device)
         self._matcher = Matcher(
             source,
             network,
@@ -239,15 +260,29 @@ class _Condensation:
             classes_per_step=(
                 None if options.classes_per_step == "auto" else int(options.classes_per_step)
             ),
-            device=torch.device(options.device),
+            memory_budget=budget,
+            device=device,
         )
+        if self._matcher.streams:
+            _note(
+                f"the real images take {format_bytes(source.train_images.nbytes)}, and "
+                f"--memory-budget leaves {format_bytes(budget or 0)} of {device} to them: they "
+                "stay on the host, which sends each batch"
+            )
         if checkpoint is not None:
             self._matcher.momentum_buffer.copy_(checkpoint.momentum)
-        self._losses: list[Tensor] = []  # of the iterations since the last reading
+        self._loop = Loop(
+            self._matcher,
+            iteration,
+            recorder=recorder,
+            required=options.graph == "required",
+            note=_note,
+        )
         self._loss = math.nan  # the last one read
+        self._unfinished: Callable[[], None] | None = None  # the report that is begun
         self._evaluated = 0
-        self._begun_at = self._iteration  # of this session
-        self._reported_at = self._iteration
+        self._begun_at = iteration  # of this session
+        self._reported_at = iteration
         self._started = self._reported = time.perf_counter()
 
     def prepare_folder(self) -> None:
@@ -277,21 +312,20 @@ class _Condensation:
         # On a terminal only; a log has a line at each checkpoint.
         bar = tqdm(total=options.iterations, initial=self._iteration, unit="it", disable=None)
         try:
-            with bar:
+            with bar, self._loop:
                 while True:
                     if self._evaluation_is_due():
                         self._evaluate()
                     if self._iteration >= options.iterations:
                         break
-                    loss, gradient = self._matcher.gradient(self._iteration)
+                    end_iteration = self._begin_iteration()
                     with interrupts_deferred():
-                        self._matcher.update(gradient)
-                        self._iteration += 1
-                        self._losses.append(loss)
+                        end_iteration()
                         self._write_what_is_due(bar)
                     bar.update()
         except KeyboardInterrupt:
             with interrupts_deferred():
+                self._finish_readings()
                 self._write_checkpoint()
                 self._write_results()
             print(f"stopped after iteration {self._iteration}; --resume continues from there")
@@ -300,51 +334,76 @@ class _Condensation:
         print(f"{len(synthetic.images)} images: {self._folder.synthetic}, {self._folder.grid}")
         return synthetic
 
+    @property
+    def _iteration(self) -> int:
+        return self._loop.iteration
+
+    def _begin_iteration(self) -> Callable[[], None]:
+        try:
+            return self._loop.prepare()
+        except InputError as error:
+            raise InputError(f"{error}; {self._folder.kept}") from error
+
     def _write_what_is_due(self, bar: Any) -> None:
         options, iteration = self._options, self._iteration
         last = iteration == options.iterations
+        self._finish_report()
         if last or iteration % options.report_every == 0:
-            self._read_losses()
-            self._folder.append_metrics(self._report())
-            bar.set_postfix(loss=f"{self._loss:.5g}", refresh=False)
+            self._unfinished = partial(self._report, iteration, self._loop.read(), bar)
+            # A GPU is to have the next iteration by the time that the host writes.
+            if not self._loop.replays:
+                self._finish_report()
         if last or iteration % options.checkpoint_every == 0 or self._evaluation_is_due():
+            self._finish_readings()
             with self._uncounted():
                 self._write_checkpoint()
             if bar.disable:
                 self._print_progress()
 
-    def _read_losses(self) -> None:
-        """Waits for the device, and checks that the run is still sound.
+    def _finish_report(self) -> None:
+        finish, self._unfinished = self._unfinished, None
+        if finish is not None:
+            finish()
+
+    def _finish_readings(self) -> None:
+        """Waits for the device, and checks that the run is sound so far."""
+        self._finish_report()
+        self._check(self._loop.read()())
+
+    def _check(self, reading: Reading) -> None:
+        """Checks that the run was still sound.
 
         Raises:
-            InputError: a loss since the last reading, or an image, is not finite.
+            InputError: a loss, or an image, is not finite.
         """
-        losses = torch.stack(self._losses).tolist() if self._losses else []
-        for iteration, loss in enumerate(losses, self._iteration - len(losses) + 1):
+        for iteration, loss in enumerate(reading.losses, reading.first + 1):
             if not math.isfinite(loss):
                 self._fail(f"the loss is {loss} at iteration {iteration}")
             self._loss = loss
-        if not self._matcher.images.isfinite().all():
-            self._fail(f"the images are not finite after iteration {self._iteration}")
-        self._losses.clear()
+        if not reading.images_are_finite:
+            made = reading.first + len(reading.losses)
+            self._fail(f"the images are not finite after iteration {made}")
 
     def _fail(self, what: str) -> NoReturn:
         raise InputError(
             f"{what}: choose a smaller --lr-img than {self._options.lr_img:g}; {self._folder.kept}"
         )
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self, iteration: int, read: Callable[[], Reading], bar: Any) -> None:
+        self._check(read())
         now = time.perf_counter()
-        images = (self._iteration - self._reported_at) * self._matcher.real_images_per_step
+        images = (iteration - self._reported_at) * self._matcher.real_images_per_step
         rate = images / (now - self._reported)
-        self._reported_at, self._reported = self._iteration, now
-        return {
-            "iteration": self._iteration,
+        self._reported_at, self._reported = iteration, now
+        record = {
+            "iteration": iteration,
             "loss": self._loss,
             "seconds": round(self._elapsed(), 3),
             "images_per_second": round(rate, 1),
             "peak_memory_bytes": peak_memory(self._matcher.images.device),
         }
+        self._folder.append_metrics(record)
+        bar.set_postfix(loss=f"{self._loss:.5g}", refresh=False)
 
     def _evaluation_is_due(self) -> bool:
         """Whether this iteration is to be evaluated and was not, by this session or another."""
@@ -383,7 +442,6 @@ class _Condensation:
         tqdm.write(f"iteration {self._iteration}: accuracy {result.accuracy_mean:.2f} %")
 
     def _write_checkpoint(self) -> None:
-        self._read_losses()
         self._folder.write_checkpoint(self._checkpoint())
 
     def _checkpoint(self) -> Checkpoint:
@@ -459,8 +517,15 @@ def _memory_checked(options: _Options) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         # torch has no class of its own for this on a CPU.
-        if not (isinstance(error, MemoryError) or re.search("alloc|overflow|of mem", str(error))):
+        short = isinstance(error, MemoryError) or is_out_of_memory(error)
+        if not (short or re.search("alloc|overflow|of mem", str(error))):
             raise
+        device = torch.device(options.device)
+        if device.type == "cuda":
+            raise InputError(
+                f"{device} has no memory for the images{free_memory(device)}: choose a smaller "
+                f"--ipc than {options.ipc}, or --memory-budget 0"
+            ) from error
         raise InputError(
             f"--ipc {options.ipc} takes more memory than there is: choose a smaller one"
         ) from error
@@ -592,6 +657,18 @@ def _parser() -> cli.Parser:
         metavar="N",
         type=_number_or_word,
         help="classes forwarded at once, to bound memory; auto goes by the size of the images",
+    )
+    add(
+        "--graph",
+        metavar="KIND",
+        help="whether an iteration is captured once in a CUDA graph and then replayed: auto (on a "
+        "GPU, else made eagerly), required (or fail) or off",
+    )
+    add(
+        "--memory-budget",
+        metavar="SIZE",
+        help="what the real images may take of the device, as 8G or 512M: if they are larger they "
+        "stay on the host, which sends each batch; auto is half of what is free on a GPU",
     )
     parser.add_argument(
         "--no-cache", dest="cache", action="store_false", help="keep no decoded real images"

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Where a job runs and in which precision, by the names that the commands take."""
+"""Where a job runs, in which precision, and in how much memory, as the commands take it."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from .networks import has_fused_blocks
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1024
+
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device of that name; ``auto`` is a GPU where there is one.
@@ -31,7 +35,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     usable = torch.cuda.is_available() and _load.has_cuda_operators()
     if device == "auto":
-        return torch.device("cuda" if usable else "cpu")
+        device = "cuda" if usable else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError:
@@ -48,7 +52,36 @@ def resolve_device(device: str | torch.device) -> torch.device:
             )
         if (resolved.index or 0) >= torch.cuda.device_count():
             raise InputError(f"--device {device}: there are {torch.cuda.device_count()} GPUs")
+        capability = torch.cuda.get_device_capability(resolved)
+        archs = _load.cuda_architectures()
+        if not runs_on(capability, archs):
+            mine = ".".join(map(str, capability))
+            raise InputError(
+                f"--device {device}: {torch.cuda.get_device_name(resolved)} has compute capability "
+                f"{mine}, but dmfast was built for {', '.join(archs)}; rebuild it with "
+                f"TORCH_CUDA_ARCH_LIST={mine}, or use --device cpu"
+            )
     return resolved
+
+
+def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
+    """Whether a GPU of that compute capability runs code for one of these architectures.
+
+    They are written as in ``TORCH_CUDA_ARCH_LIST``: machine code is for its minor version and later
+    ones of the same major, with ``a`` for that version alone; ``+PTX`` for all later ones.
+    """
+    for arch in archs:
+        number, _, ptx = arch.partition("+")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if number.endswith("a"):
+            fits = capability == (major, minor)
+        elif ptx and not number.endswith("f"):
+            fits = capability >= (major, minor)
+        else:
+            fits = capability[0] == major and capability[1] >= minor
+        if fits:
+            return True
+    return False
 
 
 def resolve_precision(precision: str, device: torch.device, model: str) -> str:
@@ -85,6 +118,60 @@ def memory_format(device: torch.device) -> torch.memory_format:
     against 0.20 s for a training step of 100 images.
     """
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Within it cuDNN gives the same bits each time: by algorithms that do, chosen untimed."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes, from a number and K, M, G or T for powers of 1024, as ``1.5G`` or ``512MiB``.
+
+    Raises:
+        InputError: it is neither that nor 0.
+    """
+    parts = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if parts is None:
+        raise InputError(f"{option} must be auto or a number of bytes, as 8G or 512M, got {text!r}")
+    return int(float(parts[1]) * 1024 ** _UNITS[parts[2].upper()])
+
+
+def format_bytes(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+def memory_budget(text: str, device: torch.device) -> int | None:
+    """The bytes of a device that real images may take; None: no matter how many.
+
+    ``auto`` is half of what is free on a GPU, the rest being for activations; on a CPU the images
+    are where they are already.
+    """
+    if text != "auto":
+        return parse_bytes("--memory-budget", text)
+    return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory did not suffice, for torch, a library of it or our operators."""
+    words = r"no memory for|ALLOC_FAILED|CUDA error: out of memory"
+    return isinstance(error, torch.OutOfMemoryError) or re.search(words, str(error)) is not None
+
+
+def free_memory(device: torch.device) -> str:
+    """How much of a GPU is free once freed memory is given back, in words; of a CPU: nothing."""
+    if device.type == "cpu":
+        return ""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return f" ({format_bytes(free)} of {format_bytes(total)} free)"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,18 +8,20 @@ waits for the device: the loss stays a tensor, and the iteration may be one too.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .data import ImageData
-from .devices import autocast, memory_format
+from .devices import autocast, memory_format, repeatable
 from .errors import InputError
-from .networks import ConvNet, Network, has_batch_norm, initialise_
+from .networks import ConvNet, Network, drawn_weights, has_batch_norm, initialise_
 from .ops import Stream
+from .prefetch import Prefetcher
 
 # How many images a forward pass takes, in pixels, by device type. On a CPU, of 32 to 512 images of
 # 32x32, passes of 256 were the fastest. A GPU wants many, and has the memory for them.
@@ -108,7 +110,7 @@ def plan(
     """Divides an iteration so that its memory is bounded; the sums differ by rounding only.
 
     The division depends on the arguments alone, not on the memory that happens to be free, so that
-    a run gives the same bits each time.
+    a run gives the same bits each time, but where memory runs out (:meth:`Matcher.halve`).
 
     Args:
         offsets: rows ``offsets[k]`` to ``offsets[k + 1] - 1`` of the real batch are class k's.
@@ -189,7 +191,8 @@ def descend_(
 ) -> None:
     """One step along ``gradient`` in place, to the bit that of :class:`torch.optim.SGD`.
 
-    ``momentum_buffer`` is zero before the first step.
+    ``momentum_buffer`` is zero before the first step. Nothing is allocated: once memory runs out,
+    it has done so before the images change.
     """
     momentum_buffer.mul_(momentum).add_(gradient)
     images.add_(momentum_buffer, alpha=-lr)
@@ -248,9 +251,13 @@ def _embed_pass(
 class Matcher:
     """Synthetic images, and all that an iteration on them needs besides its number.
 
+    The real images lie on the device. Where they are too many for that they stay on the host, and
+    the batches are sent, two ahead of the iterations (:class:`dmfast.prefetch.Prefetcher`).
+
     Attributes:
         images: [K * ipc, C, H, W] float32, normalised, class by class: what is learned.
         momentum_buffer: the running sum of gradients, in the shape of ``images``.
+        streams: whether the real images stay on the host.
     """
 
     def __init__(
@@ -266,6 +273,7 @@ class Matcher:
         momentum: float,
         precision: str = "float32",
         classes_per_step: int | None = None,
+        memory_budget: int | None = None,
         device: torch.device,
     ) -> None:
         """Starts from ``images`` (copied) at rest.
@@ -277,27 +285,43 @@ class Matcher:
             lr: of the gradient of the summed loss.
             precision: ``float32`` or ``bfloat16``, for the network's passes.
             classes_per_step: see :func:`plan`; without effect under batch norm.
+            memory_budget: bytes of the device that the real images may take; None: any number.
+                The results do not depend on it.
         """
         self.images = images.to(device, copy=True, memory_format=memory_format(device))
         self.momentum_buffer = torch.zeros_like(self.images)
-        self._network = network.to(device).train().requires_grad_(False)
+        self._network = _placed(network, device).train().requires_grad_(False)
+        # After that the norms stay the identity: they are not trained, and go by their own batch.
+        initialise_(self._network, seed, 0)
+        self._weights = drawn_weights(self._network)
+        order, class_offsets = data.by_class()
+        offsets, self._rows = data.batch_offsets(batch_real)
+        draw = partial(ops.draw_batch, rows=self._rows, seed=seed, stream=Stream.REAL_BATCH)
+        self.streams = memory_budget is not None and data.train_images.nbytes > memory_budget
+        self._batches: Prefetcher | None = None
+        self._draw: Callable[..., Tensor]
+        if self.streams:
+            draw = partial(draw, order, class_offsets, offsets)
+            self._batches = Prefetcher(data.train_images, draw, self._rows, device)
+            whole_batch = torch.arange(self._rows, device=device)
+            self._draw = lambda step: whole_batch
+        else:
+            self._draw = partial(draw, *(t.to(device) for t in (order, class_offsets, offsets)))
         self._real = RealImages(
-            data.train_images.to(device),
+            data.train_images.to(device) if self._batches is None else self._batches.batch,
             torch.tensor(data.mean, dtype=torch.float32, device=device),
             torch.tensor(data.std, dtype=torch.float32, device=device),
         )
-        order, class_offsets = data.by_class()
-        offsets, self._rows = data.batch_offsets(batch_real)
-        self._chunks = plan(
+        self._whole = has_batch_norm(network)
+        self._plan = partial(
+            plan,
             offsets.tolist(),
             len(images) // data.classes,
             data.size,
             device,
-            classes_per_step=classes_per_step,
-            whole=has_batch_norm(network),
+            whole=self._whole,
         )
-        self._order, self._class_offsets = order.to(device), class_offsets.to(device)
-        self._offsets = offsets.to(device)
+        self._chunks = self._plan(classes_per_step=classes_per_step)
         self._classes, self._size = data.classes, data.size
         self._strategy, self._seed, self._precision = strategy, seed, precision
         self._lr, self._momentum = lr, momentum
@@ -307,34 +331,59 @@ class Matcher:
         """How many real images an iteration forwards."""
         return self._rows
 
+    @property
+    def classes_per_step(self) -> int:
+        """How many classes are forwarded at once, at most."""
+        first = self._chunks[0].classes
+        return int(first.stop)
+
+    def halve(self) -> bool:
+        """From now on forwards half as many classes at once; False where that cannot be."""
+        classes = self.classes_per_step
+        if self._whole or classes == 1:
+            return False
+        self._chunks = self._plan(classes_per_step=(classes + 1) // 2)
+        return True
+
+    def load(self, step: int) -> None:
+        """Has the real batch of iteration ``step`` where :meth:`gradient` reads it.
+
+        Needed before a gradient whose step is a tensor, where the real images stay on the host.
+
+        Raises:
+            InputError: the batch could not be gathered.
+        """
+        if self._batches is not None:
+            self._batches.load(step)
+
+    def close(self) -> None:
+        """Ends the thread that gathers batches, if there is one."""
+        if self._batches is not None:
+            self._batches.close()
+
     def gradient(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
         """The loss of iteration ``step`` at the present images, and its gradient.
 
         Args:
             step: from 0; an int, or an int64 tensor of one element on the device.
         """
-        initialise_(self._network, self._seed, step)
-        index = ops.draw_batch(
-            self._order,
-            self._class_offsets,
-            self._offsets,
-            self._rows,
-            self._seed,
-            step,
-            stream=Stream.REAL_BATCH,
-        )
-        params = ops.draw_augmentation(
-            self._strategy,
-            self._classes,
-            self._size,
-            self._seed,
-            step,
-            stream=Stream.AUGMENTATION,
-            device=self.images.device,
-        )
-        return matching_gradient(
-            self._network, self.images, self._real, index, params, self._chunks, self._precision
-        )
+        if not isinstance(step, Tensor):
+            self.load(step)
+        with repeatable():
+            ops.draw_weights_(*self._weights, self._seed, step, stream=Stream.WEIGHTS)
+            index = self._draw(step=step)
+            params = ops.draw_augmentation(
+                self._strategy,
+                self._classes,
+                self._size,
+                self._seed,
+                step,
+                stream=Stream.AUGMENTATION,
+                device=self.images.device,
+            )
+            return matching_gradient(
+                self._network, self.images, self._real, index, params, self._chunks, self._precision
+            )
 
     def update(self, gradient: Tensor) -> None:
         """Moves ``images`` along ``gradient``: see :func:`descend_`."""
@@ -345,3 +394,12 @@ class Matcher:
         loss, gradient = self.gradient(step)
         self.update(gradient)
         return loss
+
+
+def _placed(network: Network, device: torch.device) -> Network:
+    """The network on a device, its weights in the layout of what is to use them."""
+    network = network.to(device)
+    if isinstance(network, ConvNet) and network.fused_blocks(device):
+        return network
+    placed: Network = network.to(memory_format=memory_format(device))  # type: ignore[call-overload]
+    return placed

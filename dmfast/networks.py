@@ -262,6 +262,16 @@ def initialise_(
     Args:
         step: an int, or an int64 tensor of one element on the network's device.
     """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
+            module.reset_parameters()
+    ops.draw_weights_(
+        *drawn_weights(network), seed, step, first_network=network_index, stream=stream
+    )
+
+
+def drawn_weights(network: nn.Module) -> tuple[list[Tensor], list[float]]:
+    """What :func:`initialise_` draws of a network, and the bound of each tensor."""
     tensors: list[Tensor] = []
     bounds: list[float] = []
     for module in network.modules():
@@ -270,9 +280,7 @@ def initialise_(
             for parameter in module.parameters():
                 tensors.append(parameter)
                 bounds.append(bound)
-        elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
-            module.reset_parameters()
-    ops.draw_weights_(tensors, bounds, seed, step, first_network=network_index, stream=stream)
+    return tensors, bounds
 
 
 def has_batch_norm(network: nn.Module) -> bool:

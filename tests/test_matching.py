@@ -26,6 +26,10 @@ STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 @pytest.fixture
 def data() -> ImageData:
+    return three_classes()
+
+
+def three_classes() -> ImageData:
     """Three classes of 5, 11 and 8 images of 12x8."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0] * 5 + [1] * 11 + [2] * 8)[torch.randperm(24, generator=generator)]
