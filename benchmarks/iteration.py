@@ -235,6 +235,9 @@ def _cases() -> Iterator[tuple[str, Case]]:
     for ipc in (1, 10, 50):  # of two classes: an image costs four times one of 32x32
         setting = Setting(size=(64, 64), classes=2, ipc=ipc, depth=4)
         yield f"3x64x64-ipc{ipc}", iteration_case(setting)
+    # TinyImageNet's, for its memory: a round of all contenders takes minutes.
+    setting = Setting(size=(64, 64), classes=200, depth=4)
+    yield "3x64x64-ipc10-200-classes", iteration_case(setting)
     for images in (100, 256):
         yield f"training-{images}", training_case(images)
     for inputs, side in ((3, 32), (128, 16), (128, 8)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Condenses a real image set into a few images a class, by distribution matching.
+"""Condenses a real image set into a few images a class, by distribution matching or a rival.
 
 ``python -m dmfast.condense --dataset NAME --ipc N``, and :func:`run` for the same job from Python.
 A run is a pure function of its options and the data: killed at any moment and resumed, it comes to
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from . import charts, cli
 from .augment import WORDS, parse_strategy
@@ -44,11 +45,12 @@ from .devices import (
     resolve_precision,
 )
 from .errors import InputError, choose
+from .gradient_matching import GradientMatcher, loops_of
 from .loop import GRAPHS, Loop, Reading, Recorder, recorder_of
-from .matching import INITS, Matcher, initial_images
+from .matching import INITS, Matcher, Matching, initial_images
 from .memory import keep_freed_pages
-from .networks import get_network, has_batch_norm
-from .presets import PRESETS, preset
+from .networks import Network, get_network, has_batch_norm
+from .presets import METHODS, PRESETS, preset
 from .runs import Checkpoint, RunFolder, interrupts_deferred, locked
 from .synthetic import SyntheticSet, save_grid
 from .training import evaluate_set
@@ -69,17 +71,19 @@ _FREE_OPTIONS = frozenset(
 class CondenseConfig:
     """The options of a run, named as on the command line.
 
-    ``preset`` is a name of :data:`dmfast.presets.PRESETS`. Where None, ``model``, ``iterations``,
-    ``lr_img``, ``batch_real`` and ``dsa_strategy`` (words joined by underscores; "" for no
-    augmentation) are what it says for the data set and ``ipc``, and ``out`` is a folder in ``runs``
-    named after the run. ``classes_per_step`` is a number or ``auto``; ``memory_budget`` a size as
-    ``8G`` or ``auto``.
+    ``method`` is a name of :data:`dmfast.presets.METHODS`, ``preset`` one of
+    :data:`dmfast.presets.PRESETS`. What is None is what they say for the data set and ``ipc``;
+    ``outer_loops`` and ``inner_loops`` are those of :data:`dmfast.gradient_matching.LOOPS`, and
+    ``out`` is a folder in ``runs`` named after the run. ``dsa_strategy`` has words joined by
+    underscores, "" for no augmentation. ``classes_per_step`` is a number or ``auto``,
+    ``memory_budget`` a size as ``8G`` or ``auto``.
 
     Raises:
         InputError: on values out of range, or options that exclude each other.
     """
 
     dataset: str = "digits"
+    method: str = "dm"
     data_root: str | None = None
     model: str | None = None
     ipc: int = 10
@@ -88,7 +92,9 @@ class CondenseConfig:
     momentum: float = 0.5
     preset: str = "paper"
     batch_real: int | None = None
-    init: str = "real"
+    outer_loops: int | None = None
+    inner_loops: int | None = None
+    init: str | None = None
     dsa_strategy: str | None = None
     precision: str = "auto"
     seed: int = 0
@@ -96,8 +102,8 @@ class CondenseConfig:
     out: str | None = None
     resume: bool = False
     overwrite: bool = False
-    report_every: int = 10
-    checkpoint_every: int = 200
+    report_every: int | None = None
+    checkpoint_every: int | None = None
     evaluate_every: int = 0
     classes_per_step: int | str = "auto"
     graph: str = "auto"
@@ -114,6 +120,8 @@ class CondenseConfig:
             ("report_every", 1, None),
             ("checkpoint_every", 1, None),
             ("evaluate_every", 0, None),
+            ("outer_loops", 1, None),
+            ("inner_loops", 0, None),
         ):
             value = getattr(self, name)
             if value is not None and (value < low or (high is not None and value > high)):
@@ -126,16 +134,33 @@ class CondenseConfig:
         per_step = self.classes_per_step
         if per_step != "auto" and not (isinstance(per_step, int) and per_step >= 1):
             raise InputError(f"--classes-per-step must be auto, or 1 or more, got {per_step}")
+        choose("--method", self.method, METHODS)
         choose("--preset", self.preset, PRESETS)
-        choose("--init", self.init, INITS)
+        if self.init is not None:
+            choose("--init", self.init, INITS)
         choose("--precision", self.precision, PRECISIONS)
         choose("--graph", self.graph, GRAPHS)
         if self.memory_budget != "auto":
             parse_bytes("--memory-budget", self.memory_budget)
+        if self.method == "dm":
+            self._check_unused("dc or dsa", outer_loops=None, inner_loops=None)
+        else:
+            self._check_unused("dm", classes_per_step="auto", memory_budget="auto")
+            if self.graph == "required":
+                raise InputError(f"--graph required: --method {self.method} cannot be captured")
+        if self.method == "dc" and self.dsa_strategy and parse_strategy(self.dsa_strategy):
+            raise InputError("--dsa-strategy: --method dc augments nothing; --method dsa does")
         if self.out == "":
             raise InputError("--out is empty: name a folder, or leave it out")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other: leave one out")
+
+    def _check_unused(self, methods: str, **defaults: object) -> None:
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise InputError(
+                    f"{_flag(name)} goes with --method {methods}: leave it out for {self.method}"
+                )
 
 
 @dataclass(frozen=True)
@@ -146,17 +171,29 @@ class _Options(CondenseConfig):
     iterations: int = 0
     lr_img: float = 0.0
     batch_real: int = 0
+    init: str = ""
     dsa_strategy: str = ""
+    report_every: int = 0
+    checkpoint_every: int = 0
     out: str = ""
 
     @staticmethod
     def of(config: CondenseConfig) -> _Options:
         name = canonical_name(config.dataset)
         given = {option: value for option, value in asdict(config).items() if value is not None}
-        options = {**asdict(preset(name, config.ipc, config.preset)), **given}
+        options = {**asdict(preset(name, config.ipc, config.preset, config.method)), **given}
         device = resolve_device(config.device)
+        if config.method != "dm":
+            loops = loops_of(config.ipc, config.outer_loops, config.inner_loops)
+            options |= {"outer_loops": loops.outer, "inner_loops": loops.inner}
+            if options["iterations"] * loops.outer * max(1, loops.inner) > _MAX_ITERATIONS:
+                raise InputError(
+                    f"--iterations {options['iterations']} of {loops.outer} x {loops.inner} loops "
+                    f"are more than {_MAX_ITERATIONS}"
+                )
+        method = "" if config.method == "dm" else f"{config.method}-"
         short_name = re.sub(r"[^\w-]+", "-", Path(name).name)
-        out = f"runs/{short_name}-{options['model']}-ipc{config.ipc}-seed{config.seed}"
+        out = f"runs/{short_name}-{method}{options['model']}-ipc{config.ipc}-seed{config.seed}"
         return _Options(
             **{
                 "out": out,
@@ -201,7 +238,8 @@ def _run(config: CondenseConfig, options: _Options, folder: RunFolder) -> Synthe
         if config.precision == "auto":  # on another device, too, a run goes on as it began
             options = replace(options, precision=checkpoint.options["precision"])
         _check_options(options, checkpoint, folder)
-    recorder = recorder_of(options.graph, torch.device(options.device))
+    graph = options.graph if options.method == "dm" else "off"
+    recorder = recorder_of(graph, torch.device(options.device))
     source = load_data(
         options.dataset, options.data_root, cache=options.cache, download=options.download
     )
@@ -245,30 +283,7 @@ class _Condensation:
                 f"--classes-per-step: {options.model} normalises over all classes at once, so they "
                 "cannot be divided; leave the option out, or choose a model without batch norm"
             )
-        device = torch.device(options.device)
-        budget = memory_budget(options.memory_budget, device)
-        self._matcher = Matcher(
-            source,
-            network,
-            images,
-            batch_real=options.batch_real,
-            strategy=options.dsa_strategy,
-            seed=options.seed,
-            lr=options.lr_img,
-            momentum=options.momentum,
-            precision=options.precision,
-            classes_per_step=(
-                None if options.classes_per_step == "auto" else int(options.classes_per_step)
-            ),
-            memory_budget=budget,
-            device=device,
-        )
-        if self._matcher.streams:
-            _note(
-                f"the real images take {format_bytes(source.train_images.nbytes)}, and "
-                f"--memory-budget leaves {format_bytes(budget or 0)} of {device} to them: they "
-                "stay on the host, which sends each batch"
-            )
+        self._matcher = _matching(options, source, network, images)
         if checkpoint is not None:
             self._matcher.momentum_buffer.copy_(checkpoint.momentum)
         self._loop = Loop(
@@ -496,11 +511,42 @@ class _Condensation:
         )
 
 
+def _matching(options: _Options, source: ImageData, network: Network, images: Tensor) -> Matching:
+    """What the method makes of the images."""
+    device = torch.device(options.device)
+    shared: dict[str, Any] = {
+        **{"batch_real": options.batch_real, "strategy": options.dsa_strategy},
+        **{"seed": options.seed, "lr": options.lr_img, "momentum": options.momentum},
+        **{"precision": options.precision, "device": device},
+    }
+    if options.method != "dm":
+        loops = loops_of(options.ipc, options.outer_loops, options.inner_loops)
+        return GradientMatcher(source, network, images, loops=loops, **shared)
+    budget = memory_budget(options.memory_budget, device)
+    per_step = options.classes_per_step
+    matcher = Matcher(
+        source,
+        network,
+        images,
+        classes_per_step=None if per_step == "auto" else int(per_step),
+        memory_budget=budget,
+        **shared,
+    )
+    if matcher.streams:
+        _note(
+            f"the real images take {format_bytes(source.train_images.nbytes)}, and "
+            f"--memory-budget leaves {format_bytes(budget or 0)} of {device} to them: they "
+            "stay on the host, which sends each batch"
+        )
+    return matcher
+
+
 def _check_options(options: _Options, checkpoint: Checkpoint, folder: RunFolder) -> None:
     others = {
-        name: (checkpoint.options.get(name), value)
+        name: (before, value)
         for name, value in options.fixed().items()
-        if checkpoint.options.get(name) != value
+        # A run from before there was an option has its default.
+        if (before := checkpoint.options.get(name, getattr(CondenseConfig, name))) != value
     }
     if others:
         words = (f"{_flag(name)} {old!r}, not {new!r}" for name, (old, new) in others.items())
@@ -560,14 +606,13 @@ def _note(text: str) -> None:
 
 #: Flags of the published script that have no counterpart, and what to do instead.
 _REPLACED = {
-    "--method": "leave it out, this is distribution matching",
     "--eval_mode": "python -m dmfast.evaluate SET --model NAME tests on any network",
     "--num_exp": "run the command once for each --seed",
     "--num_eval": "python -m dmfast.evaluate SET --networks N",
     "--epoch_eval_train": "python -m dmfast.evaluate SET --epochs E",
     "--lr_net": "python -m dmfast.evaluate SET --protocol NAME fixes it",
     "--batch_train": "python -m dmfast.evaluate SET --protocol NAME fixes it",
-    "--dis_metric": "leave it out, distribution matching has one distance",
+    "--dis_metric": "leave it out, gradients are matched by the published distance, 'ours'",
 }
 
 
@@ -582,7 +627,7 @@ def _parser() -> cli.Parser:
     default = CondenseConfig
     parser = cli.Parser(
         "dmfast.condense",
-        "Condenses a real image set into a few images a class, by distribution matching.",
+        "Condenses a real image set into a few images a class.",
     )
 
     def add(*flags: str, **arguments: Any) -> None:
@@ -596,6 +641,11 @@ def _parser() -> cli.Parser:
         help="what holds the data set's folder or files (default: ./data, then $DMFAST_DATA)",
     )
     add(
+        "--method",
+        metavar="NAME",
+        help="; ".join(f"{name}: {what}" for name, what in METHODS.items()),
+    )
+    add(
         "--preset",
         metavar="NAME",
         help="; ".join(f"{name}: {what}" for name, what in PRESETS.items()),
@@ -606,14 +656,15 @@ def _parser() -> cli.Parser:
         *("--iterations", "--Iteration"),
         metavar="N",
         type=int,
-        help="updates of the images; the published loop makes N + 1 (default: the preset, 20000)",
+        help="updates of the images, of dc and dsa networks; the published loop makes N + 1 "
+        "(default: the preset: 20000, of dc and dsa 1000)",
     )
     add(
         *("--lr-img", "--lr_img"),
         metavar="RATE",
         type=float,
         help="learning rate of the images, for the summed loss (default: the preset: 1, but 10 "
-        "for digits, and for cifar10 from 100 images a class)",
+        "for digits, and for cifar10 from 100 images a class; of dc and dsa 0.1)",
     )
     add("--momentum", metavar="SHARE", type=float, help="of the images' SGD, 0 to below 1")
     add(
@@ -622,7 +673,22 @@ def _parser() -> cli.Parser:
         type=int,
         help="real images a class and iteration (default: the preset, 256)",
     )
-    add("--init", metavar="KIND", help=f"what the images start from: {' or '.join(INITS)}")
+    for name, what in (
+        ("--outer-loops", "rounds of an iteration"),
+        ("--inner-loops", "epochs of training after each round but the last"),
+    ):
+        add(
+            name,
+            metavar="N",
+            type=int,
+            help=f"{what}, of dc and dsa (default: the published ones for --ipc)",
+        )
+    add(
+        "--init",
+        metavar="KIND",
+        help=f"what the images start from: {' or '.join(INITS)} (default: the preset: real, of dc "
+        "and dsa noise)",
+    )
     add(
         *("--dsa-strategy", "--dsa_strategy"),
         metavar="WORDS",
@@ -643,8 +709,19 @@ def _parser() -> cli.Parser:
     )
     add("--resume", action="store_true", help="continue the run in the folder")
     add("--overwrite", action="store_true", help="replace the run in the folder")
-    add("--report-every", metavar="N", type=int, help="iterations between lines of metrics.jsonl")
-    add("--checkpoint-every", metavar="N", type=int, help="iterations between checkpoints")
+    add(
+        "--report-every",
+        metavar="N",
+        type=int,
+        help="iterations between lines of metrics.jsonl (default: the preset: 10, of dc and dsa 1)",
+    )
+    add(
+        "--checkpoint-every",
+        metavar="N",
+        type=int,
+        help="iterations between checkpoints (default: the preset: 200, of dc and dsa 10 below 10 "
+        "images a class, else 1)",
+    )
     add(
         "--evaluate-every",
         metavar="N",

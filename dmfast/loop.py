@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .devices import free_memory, is_out_of_memory
 from .errors import InputError, choose
-from .matching import Matcher
+from .matching import Matching
 from .runs import interrupts_deferred
 
 GRAPHS = ("auto", "required", "off")
@@ -115,7 +115,7 @@ class Loop:
 
     def __init__(
         self,
-        matcher: Matcher,
+        matcher: Matching,
         iteration: int = 0,
         *,
         recorder: Recorder | None = None,

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -248,8 +249,47 @@ def _embed_pass(
         return network.embed(images)
 
 
+class Matching(Protocol):
+    """Synthetic images, and a method that improves them iteration by iteration.
+
+    Attributes:
+        images: [K * ipc, C, H, W] float32, normalised, class by class: what is learned.
+        momentum_buffer: the running sum of gradients, in the shape of ``images``.
+    """
+
+    images: Tensor
+    momentum_buffer: Tensor
+
+    @property
+    def real_images_per_step(self) -> int:
+        """How many real images an iteration forwards."""
+
+    @property
+    def classes_per_step(self) -> int:
+        """How many classes are forwarded at once, at most."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether the real images stay on the host."""
+
+    def halve(self) -> bool:
+        """From now on forwards half as many classes at once; False where that cannot be."""
+
+    def load(self, step: int) -> None:
+        """Has the real batch of iteration ``step`` where :meth:`gradient` reads it."""
+
+    def close(self) -> None:
+        """Ends the thread that gathers batches, if there is one."""
+
+    def gradient(self, step: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of iteration ``step``, and what :meth:`update` takes. Changes nothing."""
+
+    def update(self, gradient: Tensor) -> None:
+        """Ends the iteration, by operations that allocate nothing."""
+
+
 class Matcher:
-    """Synthetic images, and all that an iteration on them needs besides its number.
+    """Distribution matching on synthetic images: all that an iteration needs besides its number.
 
     The real images lie on the device. Where they are too many for that they stay on the host, and
     the batches are sent, two ahead of the iterations (:class:`dmfast.prefetch.Prefetcher`).
@@ -257,7 +297,6 @@ class Matcher:
     Attributes:
         images: [K * ipc, C, H, W] float32, normalised, class by class: what is learned.
         momentum_buffer: the running sum of gradients, in the shape of ``images``.
-        streams: whether the real images stay on the host.
     """
 
     def __init__(
@@ -290,17 +329,17 @@ class Matcher:
         """
         self.images = images.to(device, copy=True, memory_format=memory_format(device))
         self.momentum_buffer = torch.zeros_like(self.images)
-        self._network = _placed(network, device).train().requires_grad_(False)
+        self._network = placed(network, device).train().requires_grad_(False)
         # After that the norms stay the identity: they are not trained, and go by their own batch.
         initialise_(self._network, seed, 0)
         self._weights = drawn_weights(self._network)
         order, class_offsets = data.by_class()
         offsets, self._rows = data.batch_offsets(batch_real)
         draw = partial(ops.draw_batch, rows=self._rows, seed=seed, stream=Stream.REAL_BATCH)
-        self.streams = memory_budget is not None and data.train_images.nbytes > memory_budget
+        streams = memory_budget is not None and data.train_images.nbytes > memory_budget
         self._batches: Prefetcher | None = None
         self._draw: Callable[..., Tensor]
-        if self.streams:
+        if streams:
             draw = partial(draw, order, class_offsets, offsets)
             self._batches = Prefetcher(data.train_images, draw, self._rows, device)
             whole_batch = torch.arange(self._rows, device=device)
@@ -330,6 +369,11 @@ class Matcher:
     def real_images_per_step(self) -> int:
         """How many real images an iteration forwards."""
         return self._rows
+
+    @property
+    def streams(self) -> bool:
+        """Whether the real images stay on the host."""
+        return self._batches is not None
 
     @property
     def classes_per_step(self) -> int:
@@ -396,7 +440,7 @@ class Matcher:
         return loss
 
 
-def _placed(network: Network, device: torch.device) -> Network:
+def placed(network: Network, device: torch.device) -> Network:
     """The network on a device, its weights in the layout of what is to use them."""
     network = network.to(device)
     if isinstance(network, ConvNet) and network.fused_blocks(device):

@@ -65,6 +65,9 @@ class Stream(IntEnum):
     EVALUATION_BATCH = 5
     EVALUATION_AUGMENTATION = 6
     EVALUATION_WEIGHTS = 7
+    TRAINING_BATCH = 8  # of the networks that gradient matching trains
+    TRAINING_AUGMENTATION = 9
+    NORM_BATCH = 10
 
 
 # ---- siamese_augment ---------------------------------------------------------------------------

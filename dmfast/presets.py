@@ -6,9 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .augment import DEFAULT_STRATEGY, DIGITS_STRATEGY
-from .errors import choose
+from .errors import InputError, choose
 
 _DIGIT_SETS = frozenset({"digits", "mnist", "svhn"})
+
+#: What can be matched, by the names that ``--method`` takes.
+METHODS = {
+    "dm": "distribution matching",
+    "dc": "gradient matching",
+    "dsa": "gradient matching with Siamese augmentation",
+}
 
 #: Names of presets, and what each is.
 PRESETS = {
@@ -30,9 +37,12 @@ class Preset:
     dsa_strategy: str = DEFAULT_STRATEGY
     iterations: int = 20_000
     batch_real: int = 256
+    init: str = "real"
+    report_every: int = 10
+    checkpoint_every: int = 200
 
 
-def preset(dataset: str, ipc: int, name: str = "paper") -> Preset:
+def preset(dataset: str, ipc: int, name: str = "paper", method: str = "dm") -> Preset:
     """The settings for ``ipc`` images a class of ``dataset``.
 
     Args:
@@ -40,11 +50,15 @@ def preset(dataset: str, ipc: int, name: str = "paper") -> Preset:
             has the general settings.
         name: one of :data:`PRESETS`. ``fast`` was chosen on CIFAR-10 and MNIST (the README has the
             figures) and is the same for sets on which nothing was measured.
+        method: one of :data:`METHODS`.
 
     Raises:
-        InputError: the name is unknown.
+        InputError: the name or the method is unknown, or the method has no such preset.
     """
     choose("--preset", name, PRESETS)
+    choose("--method", method, METHODS)
+    if method != "dm" and name != "paper":
+        raise InputError(f"--preset {name} is for --method dm; leave it out for --method {method}")
     paper = Preset(
         # 64x64 images take a fourth block to reach the same 4x4 features as 32x32 ones.
         model="ConvNetD4" if dataset == "tiny-imagenet" else "ConvNet",
@@ -54,9 +68,20 @@ def preset(dataset: str, ipc: int, name: str = "paper") -> Preset:
         lr_img=10.0 if dataset == "digits" or (dataset == "cifar10" and ipc >= 100) else 1.0,
         dsa_strategy=DIGITS_STRATEGY if dataset in _DIGIT_SETS else DEFAULT_STRATEGY,
     )
+    if method != "dm":  # their papers', in which an iteration of ten images a class takes minutes
+        return replace(
+            paper,
+            lr_img=0.1,
+            iterations=1000,
+            init="noise",
+            report_every=1,
+            checkpoint_every=10 if ipc < 10 else 1,
+            dsa_strategy=paper.dsa_strategy if method == "dsa" else "",
+        )
     if name == "paper":
         return paper
     # The noise of a class's mean evens out over the iterations, so that fewer real images do; the
-    # larger rate makes up for fewer iterations. Rates of 10 are large already.
-    rate = max(paper.lr_img, 4.0)
+    # larger rate makes up for fewer iterations. Where one image makes the mean it moves as far by
+    # the paper's. Rates of 10 are large already.
+    rate = paper.lr_img if ipc < 10 else max(paper.lr_img, 4.0)
     return replace(paper, batch_real=64, iterations=500, lr_img=rate)

@@ -71,10 +71,6 @@ def train(
         precision: ``float32``, or ``bfloat16`` for the network's passes (weights stay float32).
         on_epoch: called after each epoch.
     """
-    device, (height, width) = images.device, images.shape[-2:]
-    everything = torch.arange(len(images), device=device)
-    offsets = torch.tensor([0, len(images)], device=device)
-    batches = math.ceil(len(images) / protocol.batch)
     learning_rate = protocol.learning_rate
 
     def new_optimizer() -> torch.optim.Optimizer:
@@ -89,41 +85,79 @@ def train(
     network.train()
     optimizer = new_optimizer()
     for epoch in range(epochs + 1):
-        order = ops.draw_batch(
-            everything,
-            offsets,
-            offsets,
-            len(images),
-            seed,
-            epoch,
-            first_class=index,
-            stream=Stream.EVALUATION_BATCH,
+        train_epoch(
+            network,
+            optimizer,
+            images,
+            labels,
+            seed=seed,
+            epoch=epoch,
+            index=index,
+            batch=protocol.batch,
+            strategy=strategy,
+            precision=precision,
         )
-        for batch, rows in enumerate(torch.split(order, protocol.batch)):
-            x = images[rows]
-            if strategy:
-                params = ops.draw_augmentation(
-                    strategy,
-                    1,
-                    (height, width),
-                    seed,
-                    epoch * batches + batch,
-                    rows=len(rows),
-                    first_group=index,
-                    stream=Stream.EVALUATION_AUGMENTATION,
-                    device=device,
-                )
-                x = ops.siamese_augment(x, params)
-            with autocast(device, precision):
-                logits = network(x)
-            optimizer.zero_grad()
-            F.cross_entropy(logits.float(), labels[rows]).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
         if epoch == epochs // 2 + 1:
             learning_rate *= protocol.decay
             optimizer = new_optimizer()
         if on_epoch:
             on_epoch()
+
+
+def train_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    epoch: int | Tensor,
+    index: int = 0,
+    batch: int = Protocol.batch,
+    strategy: str = "",
+    precision: str = "float32",
+    streams: tuple[Stream, Stream] = (Stream.EVALUATION_BATCH, Stream.EVALUATION_AUGMENTATION),
+) -> None:
+    """One epoch of SGD on the cross entropy: each image once, in a random order.
+
+    Args:
+        epoch: from 0; with ``seed``, ``index`` and the ``streams`` of batches and of augmentation
+            it decides what is drawn. An int, or an int64 tensor of one element on the device.
+        batch: images a step; the last step has the rest.
+    """
+    device, (height, width) = images.device, images.shape[-2:]
+    offsets = torch.tensor([0, len(images)], device=device)
+    order = ops.draw_batch(
+        torch.arange(len(images), device=device),
+        offsets,
+        offsets,
+        len(images),
+        seed,
+        epoch,
+        first_class=index,
+        stream=streams[0],
+    )
+    batches = torch.split(order, batch)
+    for number, rows in enumerate(batches):
+        x = images[rows]
+        if strategy:
+            params = ops.draw_augmentation(
+                strategy,
+                1,
+                (height, width),
+                seed,
+                epoch * len(batches) + number,
+                rows=len(rows),
+                first_group=index,
+                stream=streams[1],
+                device=device,
+            )
+            x = ops.siamese_augment(x, params)
+        with autocast(device, precision):
+            logits = network(x)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.float(), labels[rows]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_the_presets_are_the_papers(dataset, ipc, model, lr_img, flips) -> None:
 @pytest.mark.parametrize(
     ("dataset", "ipc", "lr_img"),
     [
-        ("cifar10", 1, 4),
+        ("cifar10", 1, 1),
         ("mnist", 10, 4),
         ("cifar10", 50, 4),
         ("cifar10", 100, 10),
