@@ -144,7 +144,12 @@ def run(name: str, runs: Path, data_root: str) -> None:
     row = RUNS[name]
     for command in row.commands(name, runs, data_root).values():
         _execute(command, row.environment)
-    folder = runs / name
+    write_result(name, runs)
+
+
+def write_result(name: str, runs: Path) -> None:
+    """Writes what the commands of one row have left in ``runs``."""
+    row, folder = RUNS[name], runs / name
     config = json.loads((folder / "config.json").read_text())
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     variables = "".join(f"{key}={value} " for key, value in row.environment.items())

@@ -2,7 +2,7 @@
 """The time of an iteration, of a training step and of a block, beside two baselines, on the CPU.
 
 ``python benchmarks/iteration.py run`` times dmfast, the published algorithm and a tidied one
-(:mod:`baselines`) by turns in one process, then again in a process that keeps freed pages
+(:mod:`dmfast._baselines`) by turns in one process, then again in a process that keeps freed pages
 (:mod:`dmfast.memory`), and prints medians, ratios, and operations a second beside what the CPU can
 do between registers. The images are random: their values do not change the time. Compiling, and
 choosing the tidied baseline's fastest form, come before the first round.
@@ -16,29 +16,28 @@ import datetime
 import itertools
 import json
 import shlex
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import baselines
-import ceilings
 import torch
-from baselines import CPU
-from roofline import Block, Setting
 from tables import README, RESULTS, markdown, with_content
+from torch import nn
 
-from dmfast import devices, ops
+from dmfast import _baselines as baselines
+from dmfast import ceilings, devices, ops, profile
+from dmfast._baselines import CPU
 from dmfast.augment import DEFAULT_STRATEGY, DIGITS_STRATEGY
 from dmfast.data import ImageData
 from dmfast.matching import Matcher, initial_images
 from dmfast.memory import keep_freed_pages
 from dmfast.networks import get_network
+from dmfast.profile import time_by_turns
+from dmfast.roofline import Block, Setting
 from dmfast.training import train
 
 Run = Callable[[], torch.Tensor | None]  # of an iteration: its loss
@@ -82,13 +81,8 @@ def _both(contender: str, make: Callable[[str], Run]) -> dict[str, Callable[[], 
 
 def random_images(setting: Setting) -> ImageData:
     """A training set of that shape, for times: 1,000 images a class."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (setting.classes * _REAL_IMAGES, *setting.size, setting.channels)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    labels = torch.arange(setting.classes).repeat(_REAL_IMAGES)
-    names = tuple(str(k) for k in range(setting.classes))
-    mean, std = (0.5,) * setting.channels, (0.25,) * setting.channels
-    return ImageData(images, labels, images[:0], labels[:0], names, mean, std, "random")
+    shape = (setting.channels, *setting.size)
+    return profile.random_images(shape, setting.classes, _REAL_IMAGES)
 
 
 def _strategy(setting: Setting) -> str:
@@ -180,6 +174,18 @@ def training_case(images: int, steps: int = 2) -> Case:
     return Case(title, setting.training_flop(images), steps, contenders)
 
 
+class TorchBlock(nn.Module):
+    """A block of the ConvNet out of torch's layers."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm = nn.GroupNorm(outputs, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(nn.functional.relu_(self.norm(self.convolution(x))), 2)
+
+
 def block_case(inputs: int, side: int, *, backward: bool, calls: int = 2) -> Case:
     """A block to 128 channels, forward, or forward and backward to images and weights."""
     block = Block(inputs, 128, side * side, side, side)
@@ -188,7 +194,7 @@ def block_case(inputs: int, side: int, *, backward: bool, calls: int = 2) -> Cas
 
     def run(precision: str, kind: str) -> Run:
         torch.manual_seed(0)
-        layers = baselines.TorchBlock(inputs, block.outputs).requires_grad_(backward)
+        layers = TorchBlock(inputs, block.outputs).requires_grad_(backward)
         x = torch.randn(_BLOCK_IMAGES, inputs, side, side, requires_grad=backward)
         upstream = torch.randn(_BLOCK_IMAGES, block.outputs, side // 2, side // 2)
 
@@ -269,15 +275,9 @@ def time_case(case: Case, seconds: float) -> dict[str, dict[str, float]]:
         losses = [first[f"{contender} {precision}"] for contender in ("tidied", "dmfast")]
         if None not in losses:
             torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    begin = time.perf_counter()
-    while len(times[PUBLISHED]) < 3 or time.perf_counter() - begin < seconds:
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) / case.units)
+    times = time_by_turns(runs, CPU, seconds=seconds, units=case.units)
     return {
-        name: {"median": statistics.median(t), "min": min(t), "max": max(t), "rounds": len(t)}
+        name: {key: t[key] for key in ("median", "min", "max", "rounds")}
         for name, t in times.items()
     }
 

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import baselines_ops
@@ -271,22 +272,22 @@ def summary(case: Case, result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def run(names: list[str]) -> None:
+def run(names: list[str], device: str, seconds: float, path: Path) -> None:
     keep_freed_pages()
-    results = json.loads(RESULT.read_text()) if RESULT.exists() else {"cases": {}}
+    results = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     results |= {
         "command": f"OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/ops.py run",
-        "machine": machine(torch.device("cpu")),
+        "machine": machine(torch.device(device)),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    for case in cases():
+    for case in cases(device):
         if names and not any(name in str(case) for name in names):
             continue
-        results["cases"][str(case)] = result = measure(case)
+        results["cases"][str(case)] = result = measure(case, seconds=seconds)
         line = ", ".join(f"{name} {value:.2f}" for name, value in summary(case, result).items())
         print(f"{case}: {line}", flush=True)
-        RESULT.write_text(_one_line_a_case(results))
+        path.write_text(_one_line_a_case(results))
 
 
 def _one_line_a_case(results: dict[str, Any]) -> str:
@@ -336,11 +337,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="time the operators")
     runner.add_argument("names", nargs="*", metavar="NAME", help="parts of cases' names, or all")
+    runner.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    runner.add_argument("--seconds", type=float, default=1.0, help="of a part of a case, about")
+    runner.add_argument("--json", type=Path, default=RESULT, help="what the results are put into")
     commands.add_parser("table", help="print the table")
     commands.add_parser("readme", help="put the table into the README")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        run(arguments.names)
+        run(arguments.names, arguments.device, arguments.seconds, arguments.json)
     elif arguments.command == "table":
         print(table(), end="")
     else:

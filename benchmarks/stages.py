@@ -3,9 +3,9 @@
 
 ``python benchmarks/stages.py run --json FILE`` times the parts of an iteration by themselves, and
 the iteration, by turns, with freed pages kept. The parts of the real pass are differences: of the
-pass through one block, two and three. The floor is that of :mod:`roofline`: the products and the
-transforms at the rate between registers of that precision and of float32, overlapped with the bytes
-at a copy's rate. ``... readme`` puts the table of ``results/stages-cpu.json`` into the README.
+pass through one block, two and three. The floor is that of :mod:`dmfast.roofline`: the products and
+the transforms at the rate between registers of that precision and of float32, overlapped with the
+bytes at a copy's rate. ``... readme`` puts the table of ``results/stages-cpu.json`` in the README.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ceilings
-import roofline
 import torch
-from baselines import CPU
 from iteration import PRECISIONS, random_images
 from tables import README, RESULTS, markdown, with_content
 
-from dmfast import devices, ops
+from dmfast import ceilings, devices, ops, roofline
+from dmfast._baselines import CPU
 from dmfast.augment import DEFAULT_STRATEGY
 from dmfast.matching import Matcher, descend_, initial_images
 from dmfast.memory import keep_freed_pages
@@ -149,10 +147,13 @@ def floors(precision: str, rates: dict[str, float | None], bandwidth: float) -> 
     products, other = rates[precision], rates["float32"]
     if products is None or other is None:
         raise SystemExit(f"stages: this CPU has no products of {precision}")
-    return {
-        stage.name: max(stage.products / products + stage.other / other, stage.bytes / bandwidth)
-        for stage in roofline.stages(SETTING, 4, winograd=True)
-    }
+    measured_with = {"weights": "draw", "discrepancy, backward": "discrepancy"}
+    found: dict[str, float] = {}
+    for stage in roofline.stages(SETTING, 4, winograd=True):
+        name = measured_with.get(stage.name, stage.name)
+        arithmetic = stage.products / products + stage.other / other
+        found[name] = found.get(name, 0.0) + max(arithmetic, stage.bytes / bandwidth)
+    return found
 
 
 def run(seconds: float) -> dict[str, Any]:

@@ -11,23 +11,8 @@ namespace {
 
 constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512_bf16"};
 
-Isa best() {
-#ifdef __x86_64__
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Bf16;
-  if (avx512) return Isa::kAvx512;
-  if (avx2) return Isa::kAvx2;
-#endif
-  return Isa::kPlain;
-}
-
 CpuChoice choose() {
-  CpuChoice choice{best(), false};
+  CpuChoice choice{best_isa(), false};
   const char* variable = std::getenv("DMFAST_CPU");
   const std::string wanted = variable ? variable : "";
   std::string set = wanted;
@@ -51,6 +36,21 @@ CpuChoice choose() {
 }
 
 }  // namespace
+
+Isa best_isa() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Bf16;
+  if (avx512) return Isa::kAvx512;
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kPlain;
+}
 
 std::string CpuChoice::text() const {
   return std::string(kNames[static_cast<int>(isa)]) + (direct ? ",direct" : "");

@@ -18,6 +18,9 @@ namespace dmfast {
 
 enum class Isa { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
 
+// The best that the machine has.
+Isa best_isa();
+
 struct CpuChoice {
   Isa isa;
   bool direct;  // torch's layers in place of Winograd's algorithm, by the operators' wrappers

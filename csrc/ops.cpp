@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY(dmfast, m) {
       "convnet_class_mean(Tensor images, Tensor index, Tensor offsets, Tensor params, Tensor mean, "
       "Tensor std, Tensor[] weights, int padding, float eps, bool bfloat16) -> Tensor");
   m.def("_cpu_kernels() -> str");
+  m.def("_multiply_adds(int rounds, bool bfloat16) -> int");
   m.def("_cuda_architectures() -> str");
 
   // A step is a number, or a tensor on the device that is read when the operator runs.

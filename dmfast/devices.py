@@ -120,6 +120,12 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
 
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @contextmanager
 def repeatable() -> Iterator[None]:
     """Within it cuDNN gives the same bits each time: by algorithms that do, chosen untimed."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._ranges import stage
 from .data import ImageData
 from .devices import autocast, memory_format, repeatable
 from .errors import InputError
@@ -177,12 +178,15 @@ def matching_gradient(
     loss = synthetic.new_zeros(())
     for chunk in chunks:
         transforms = params[chunk.classes]
-        embeddings, offsets = _embed_real(network, real, index, transforms, chunk, precision)
+        with stage("real pass"):
+            embeddings, offsets = _embed_real(network, real, index, transforms, chunk, precision)
         images = synthetic[chunk.synthetic].detach().requires_grad_()
-        with autocast(images.device, precision):
+        with stage("synthetic forward"), autocast(images.device, precision):
             embedded = network.embed(ops.siamese_augment(images, transforms))
-        term = ops.class_mean_discrepancy(embeddings, embedded, len(transforms), offsets)
-        (gradient[chunk.synthetic],) = torch.autograd.grad(term, images)
+        with stage("discrepancy"):
+            term = ops.class_mean_discrepancy(embeddings, embedded, len(transforms), offsets)
+        with stage("backward"):
+            (gradient[chunk.synthetic],) = torch.autograd.grad(term, images)
         loss += term.detach()
     return loss, gradient
 
@@ -414,24 +418,27 @@ class Matcher:
         if not isinstance(step, Tensor):
             self.load(step)
         with repeatable():
-            ops.draw_weights_(*self._weights, self._seed, step, stream=Stream.WEIGHTS)
-            index = self._draw(step=step)
-            params = ops.draw_augmentation(
-                self._strategy,
-                self._classes,
-                self._size,
-                self._seed,
-                step,
-                stream=Stream.AUGMENTATION,
-                device=self.images.device,
-            )
+            with stage("weights"):
+                ops.draw_weights_(*self._weights, self._seed, step, stream=Stream.WEIGHTS)
+            with stage("draw"):
+                index = self._draw(step=step)
+                params = ops.draw_augmentation(
+                    self._strategy,
+                    self._classes,
+                    self._size,
+                    self._seed,
+                    step,
+                    stream=Stream.AUGMENTATION,
+                    device=self.images.device,
+                )
             return matching_gradient(
                 self._network, self.images, self._real, index, params, self._chunks, self._precision
             )
 
     def update(self, gradient: Tensor) -> None:
         """Moves ``images`` along ``gradient``: see :func:`descend_`."""
-        descend_(self.images, self.momentum_buffer, gradient, self._lr, self._momentum)
+        with stage("update"):
+            descend_(self.images, self.momentum_buffer, gradient, self._lr, self._momentum)
 
     def step(self, step: int | Tensor) -> Tensor:
         """Makes iteration ``step`` and gives its loss, a float32 scalar on the device."""

@@ -15,6 +15,8 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
 
+_kept = False
+
 
 def keep_freed_pages() -> bool:
     """Makes glibc's allocator keep what is freed, for the whole process and until it ends.
@@ -37,4 +39,11 @@ def keep_freed_pages() -> bool:
     # The value is an int that glibc turns into a size_t: -1 is the largest size, "never". Older
     # versions refuse a threshold over 32 MiB; there, no mapping at all says the same.
     unmapped = mallopt(_M_MMAP_THRESHOLD, -1) or mallopt(_M_MMAP_MAX, 0)
-    return bool(unmapped and mallopt(_M_TRIM_THRESHOLD, -1))
+    global _kept
+    _kept = bool(unmapped and mallopt(_M_TRIM_THRESHOLD, -1))
+    return _kept
+
+
+def freed_pages_kept() -> bool:
+    """Whether :func:`keep_freed_pages` has been called in this process, and did so."""
+    return _kept

@@ -115,6 +115,11 @@ class ConvNet(Network):
         self.classifier = nn.Linear(width * rows * columns, classes)
         self.fused = True
 
+    @property
+    def plain(self) -> bool:
+        """Whether its blocks are the published default: norm IN, ReLU and mean pooling."""
+        return _blocks(self.features) is not None
+
     def embed(self, x: Tensor) -> Tensor:
         """See :class:`Network`."""
         blocks = self.fused_blocks(x.device, x.dtype)

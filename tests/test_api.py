@@ -38,8 +38,9 @@ SURFACE = {
     "dmfast.synthetic": ["FORMATS", "SyntheticSet", "save_grid"],
     "dmfast.condense": ["CondenseConfig", "run(config)"],
     "dmfast.evaluate": ["EvaluateConfig", "run"],
+    "dmfast.profile": ["ProfileConfig", "run(config)"],
 }
-COMMANDS = ("condense", "evaluate", "export", "demo")
+COMMANDS = ("condense", "evaluate", "export", "profile", "demo")
 
 
 def signature(thing: object) -> str:

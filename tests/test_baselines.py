@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import baselines
 import iteration
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dmfast import _baselines as baselines
 from dmfast import compat, ops
 from dmfast.augment import WORDS
 from dmfast.data import ImageData
@@ -53,7 +53,7 @@ def test_the_tidied_augmentation_is_the_operators(word: str, rows: int) -> None:
     x = torch.randn(5, 3, 12, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
     params = ops.draw_augmentation(word, 1, (12, 8), 0, 3, rows=rows, stream=Stream.AUGMENTATION)
     results = []
-    for out in (baselines.tidied_augment(x, params), ops.siamese_augment(x, params)):
+    for out in (baselines.tidied_augment(x, params, params), ops.siamese_augment(x, params)):
         results.append((out, *torch.autograd.grad(out.square().sum(), x)))
     for actual, expected in zip(*results, strict=True):
         assert close(actual, expected)
@@ -93,7 +93,7 @@ def test_tidied_iterations_are_dmfasts(
     data: ImageData, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses and images of three iterations; in passes of two classes and of one."""
-    monkeypatch.setattr(baselines, "_IMAGES_PER_PASS", 2 * BATCH)
+    monkeypatch.setitem(baselines._IMAGES_PER_PASS, "cpu", 2 * BATCH)
     images = initial_images(data, IPC, "noise", seed=1)
     options = {"batch_real": BATCH, "strategy": strategy, "seed": 7}
     tidied = baselines.TidiedIteration(data, MODEL, images, compiled=False, **options)

@@ -25,7 +25,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHS = ("80", "90a", "100")
 KERNELS = sorted(CSRC.glob("*.cu"))
 OP = torch.ops.dmfast
-#: On a GPU torch's own layers take the place of these; the last two take no tensors.
+#: On a GPU torch's own layers take the place of these; the last three take no tensors.
 CPU_ONLY = {
     "instance_norm_relu_pool",
     "_instance_norm_relu_pool_backward",
@@ -33,6 +33,7 @@ CPU_ONLY = {
     "_conv_norm_relu_pool_backward",
     "convnet_class_mean",
     "_cpu_kernels",
+    "_multiply_adds",
     "_cuda_architectures",
 }
 

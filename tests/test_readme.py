@@ -14,6 +14,7 @@ from pathlib import Path
 import accuracy
 import iteration
 import pytest
+import roofline
 import torch
 from tables import with_content
 
@@ -91,6 +92,49 @@ def test_the_accuracy_table_is_that_of_the_results() -> None:
 
 def test_the_table_of_times_is_that_of_the_results() -> None:
     assert iteration.with_table(README) == README
+
+
+def test_the_roofline_table_is_that_of_the_counts_and_results() -> None:
+    assert roofline.with_table(README) == README
+
+
+def test_a_roofline_table(tmp_path: Path) -> None:
+    """Measured is what was measured; what was not says so."""
+    (header, _, *rows, _, note) = roofline.table(tmp_path / "none").splitlines()
+    assert header.endswith("| 20,000 iterations | measured |")
+    assert len(rows) == len(roofline.CASES)
+    assert all(row.endswith("| not yet measured |") for row in rows)
+    assert "| 9.1 s" not in rows[0]
+    assert "of that products 9.1 s |" in rows[1]
+    assert "Measured" not in note
+
+    def step(iterations: int, seconds: float) -> dict[str, object]:
+        median = seconds / iterations
+        return {"result": {"iterations": iterations, "seconds": seconds, "median": median}}
+
+    result = {
+        "command": "python benchmarks/gpu.py",
+        "date": "2000-01-01",
+        "machine": {"gpu": "A GPU"},
+        "versions": {"torch": "9.9"},
+        "steps": {
+            "cifar10-ipc10": step(20_000, 11.0),
+            "cifar10-ipc50": step(40_000, 30.0),
+            "mnist-ipc10": step(300, 0.3),
+            "tiny-imagenet-ipc50": {"status": "FAILED"},
+        },
+    }
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(result))
+    (_, _, *rows, _, note) = roofline.table(path).splitlines()
+    assert [row.split(" | ")[-1] for row in rows] == [
+        "11.0 s |",
+        "15.0 s |",
+        "not yet measured |",
+        "not yet measured |",
+        "20.0 s, from the time of 300 iterations |",
+    ]
+    assert note.endswith("Measured: A GPU, torch 9.9, 2000-01-01: `python benchmarks/gpu.py`.")
 
 
 def test_a_table_of_times(tmp_path: Path) -> None:

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""The counts of benchmarks/roofline.py against torch's own counter, and against sums by hand."""
+"""The counts of dmfast.roofline against torch's own counter, and against sums by hand."""
 
 from __future__ import annotations
 
 import re
 
-import ceilings
 import pytest
 import roofline
 import torch
-from roofline import Setting, stages
 from torch.utils.flop_counter import FlopCounterMode
 
+from dmfast import _ranges, ceilings
+from dmfast import roofline as counts
 from dmfast.networks import Network, get_network
+from dmfast.roofline import Setting, stages
 
 SETTINGS = {
     "cifar10": Setting(),
@@ -75,6 +76,22 @@ def test_the_stages_add_up(setting: Setting) -> None:
         assert (transformed.other > direct.other) == ("block" in direct.name)
 
 
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_the_stages_belong_to_ranges(setting: Setting) -> None:
+    parts = list(stages(setting, 2))
+    ranges = counts.by_range(parts)
+    assert set(ranges) == set(_ranges.STAGES)
+    together = counts.total("all", ranges.values())
+    for count in ("products", "other", "bytes", "flop"):
+        assert getattr(together, count) == sum(getattr(part, count) for part in parts)
+    assert ranges["backward"].products == setting.synthetic * setting.forward_flop
+
+
+def test_fewer_real_images_than_asked_for() -> None:
+    assert Setting(real_rows=1437).real == 1437
+    assert Setting(real_rows=1437).iteration_flop == (1437 + 200) * Setting().forward_flop
+
+
 def test_bytes_of_a_block() -> None:
     """The second block, by hand: 128x16x16 in, 128x8x8 out, 128x128x3x3 weights."""
     part = {part.name: part for part in stages(Setting(classes=1, batch_real=3), 2)}["block 2 real"]
@@ -101,7 +118,7 @@ def test_winograds_transforms_by_their_matrices() -> None:
         *(fma((1, c), (1, e)), fma((1, c), (-1, e))),
         fma((4, d[1]), (-5, d[3]), (1, d[5])),
     ]
-    assert count * 12 == roofline._OF_INPUT
+    assert count * 12 == counts._OF_INPUT
 
     count = 0
     f, h = fma((1 / 6, fma((1, g[0]), (1, g[2])))), fma((1 / 6, g[1]))
@@ -112,7 +129,7 @@ def test_winograds_transforms_by_their_matrices() -> None:
         *(fma((1, i), (1, j)), fma((1, i), (-1, j))),
         g[2],
     ]
-    assert count * 9 == roofline._OF_WEIGHTS
+    assert count * 9 == counts._OF_WEIGHTS
 
     m = [x * y for x, y in zip(u, v, strict=True)]
     count = 0
@@ -124,7 +141,7 @@ def test_winograds_transforms_by_their_matrices() -> None:
         fma((1, p), (4, r)),
         fma((1, q), (8, s), (1, m[5])),
     ]
-    assert count * 10 == roofline._OF_OUTPUT
+    assert count * 10 == counts._OF_OUTPUT
     expected = [sum(g[k] * d[n + k] for k in range(3)) for n in range(4)]
     assert y == pytest.approx(expected)
 

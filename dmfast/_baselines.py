@@ -6,8 +6,10 @@ other in float32, one augmentation of the real batch and one, from the same seed
 images, sampling grids of whole batches from Python lists, index grids, a new network each time.
 
 *Tidied*: the same mathematics by a careful engineer. All classes at once in passes of at most 256
-images, each transform on what it changes, buffers made once, autocast for bfloat16, and for each
-pass the fastest of torch's layouts with and without ``torch.compile``, measured when it is made.
+images (4,096 on a GPU), each transform on what it changes, buffers made once, autocast for
+bfloat16, cuDNN's fastest algorithms, and for each pass the fastest of torch's layouts with and
+without ``torch.compile``, measured when it is made. What is drawn for the augmentation stays on the
+host, so that nothing waits for a GPU to choose by it.
 """
 
 from __future__ import annotations
@@ -15,30 +17,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from dmfast import ops
-from dmfast.augment import IDENTITY, STRENGTH, Column
-from dmfast.data import ImageData
-from dmfast.devices import autocast
-from dmfast.networks import Network, get_network, initialise_
-from dmfast.ops import Stream
-from dmfast.training import PROTOCOLS
+from . import ops
+from .augment import IDENTITY, STRENGTH, Column
+from .data import ImageData
+from .devices import autocast, synchronise
+from .networks import ConvNet, Network, get_network, initialise_
+from .ops import Stream
+from .training import PROTOCOLS
 
 CPU = torch.device("cpu")
+Theta = list[list[list[Tensor | int]]]
 _PROTOCOL = PROTOCOLS["published"]
-_IMAGES_PER_PASS = 256
+_IMAGES_PER_PASS = {"cpu": 256, "cuda": 4096}
 
 
 def torch_network(model: str, data: ImageData, seed: int | None = None) -> Network:
     """The network of that name in torch's own layers."""
     network = get_network(model, data.channels, data.classes, data.size, seed)
-    network.fused = False
+    if isinstance(network, ConvNet):
+        network.fused = False
     return network
 
 
@@ -85,28 +90,32 @@ class PublishedAugment:
             values[:] = values[0].clone()
         return values
 
+    def _uniform(self, x: Tensor) -> Tensor:
+        return self._drawn(lambda: torch.rand(len(x), 1, 1, 1, device=x.device))
+
+    def _integers(self, x: Tensor, low: int, end: int) -> Tensor:
+        return self._drawn(lambda: torch.randint(low, end, size=[len(x), 1, 1], device=x.device))
+
     def _brightness(self, x: Tensor) -> Tensor:
-        u = self._drawn(lambda: torch.rand(len(x), 1, 1, 1))
+        u = self._uniform(x)
         return x + (u - 0.5) * STRENGTH["brightness"]
 
     def _saturation(self, x: Tensor) -> Tensor:
         mean = x.mean(dim=1, keepdim=True)
-        u = self._drawn(lambda: torch.rand(len(x), 1, 1, 1))
+        u = self._uniform(x)
         return (x - mean) * (u * STRENGTH["saturation"]) + mean
 
     def _contrast(self, x: Tensor) -> Tensor:
         mean = x.mean(dim=[1, 2, 3], keepdim=True)
-        u = self._drawn(lambda: torch.rand(len(x), 1, 1, 1))
+        u = self._uniform(x)
         return (x - mean) * (u + STRENGTH["contrast"]) + mean
 
     def _crop(self, x: Tensor) -> Tensor:
         images, _, height, width = x.shape
         reach_y, reach_x = (int(s * STRENGTH["ratio_crop_pad"] + 0.5) for s in (height, width))
-        dy = self._drawn(lambda: torch.randint(-reach_y, reach_y + 1, size=[images, 1, 1]))
-        dx = self._drawn(lambda: torch.randint(-reach_x, reach_x + 1, size=[images, 1, 1]))
-        image, row, column = torch.meshgrid(
-            torch.arange(images), torch.arange(height), torch.arange(width), indexing="ij"
-        )
+        dy = self._integers(x, -reach_y, reach_y + 1)
+        dx = self._integers(x, -reach_x, reach_x + 1)
+        image, row, column = _grids(x, images, height, width)
         row = torch.clamp(row + dy + 1, 0, height + 1)
         column = torch.clamp(column + dx + 1, 0, width + 1)
         padded = F.pad(x, [1, 1, 1, 1, 0, 0, 0, 0]).permute(0, 2, 3, 1).contiguous()
@@ -115,20 +124,17 @@ class PublishedAugment:
     def _cutout(self, x: Tensor) -> Tensor:
         images, _, height, width = x.shape
         tall, wide = (int(side * STRENGTH["ratio_cutout"] + 0.5) for side in (height, width))
-        size = [images, 1, 1]
-        y = self._drawn(lambda: torch.randint(0, height + (1 - tall % 2), size=size))
-        left = self._drawn(lambda: torch.randint(0, width + (1 - wide % 2), size=size))
-        image, row, column = torch.meshgrid(
-            torch.arange(images), torch.arange(tall), torch.arange(wide), indexing="ij"
-        )
+        y = self._integers(x, 0, height + (1 - tall % 2))
+        left = self._integers(x, 0, width + (1 - wide % 2))
+        image, row, column = _grids(x, images, tall, wide)
         row = torch.clamp(row + y - tall // 2, min=0, max=height - 1)
         column = torch.clamp(column + left - wide // 2, min=0, max=width - 1)
-        mask = torch.ones(images, height, width, dtype=x.dtype)
+        mask = torch.ones(images, height, width, dtype=x.dtype, device=x.device)
         mask[image, row, column] = 0
         return x * mask.unsqueeze(1)
 
     def _flip(self, x: Tensor) -> Tensor:
-        u = self._drawn(lambda: torch.rand(len(x), 1, 1, 1))
+        u = self._uniform(x)
         return torch.where(u < STRENGTH["prob_flip"], x.flip(3), x)
 
     def _scale(self, x: Tensor) -> Tensor:
@@ -136,32 +142,48 @@ class PublishedAugment:
         low = 1.0 / ratio
         sx = self._drawn(lambda: torch.rand(len(x)) * (ratio - low) + low)
         sy = self._drawn(lambda: torch.rand(len(x)) * (ratio - low) + low)
-        return self._sample(x, [[[sx[i], 0, 0], [0, sy[i], 0]] for i in range(len(x))])
+        rows: Theta = [[[sx[i], 0, 0], [0, sy[i], 0]] for i in range(len(x))]
+        return self._sample(x, rows)
 
     def _rotate(self, x: Tensor) -> Tensor:
         ratio = STRENGTH["ratio_rotate"]
         angle = self._drawn(lambda: (torch.rand(len(x)) - 0.5) * 2 * ratio / 180 * math.pi)
-        rows = [[[torch.cos(a), torch.sin(-a), 0], [torch.sin(a), torch.cos(a), 0]] for a in angle]
+        rows: Theta = [
+            [[torch.cos(a), torch.sin(-a), 0], [torch.sin(a), torch.cos(a), 0]] for a in angle
+        ]
         return self._sample(x, rows)
 
     @staticmethod
-    def _sample(x: Tensor, theta: list[list[list[Tensor | int]]]) -> Tensor:
-        grid = F.affine_grid(torch.tensor(theta, dtype=torch.float), x.shape, align_corners=False)
-        return F.grid_sample(x, grid, align_corners=False)
+    def _sample(x: Tensor, theta: Theta) -> Tensor:
+        matrices = torch.tensor(theta, dtype=torch.float)
+        grid = F.affine_grid(matrices, list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid.to(x.device), align_corners=False)
+
+
+def _grids(x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    return torch.meshgrid(*(torch.arange(n, device=x.device) for n in sizes), indexing="ij")
 
 
 class PublishedIteration:
     """Iterations of distribution matching, instance norm's branch, as published."""
 
     def __init__(
-        self, data: ImageData, model: str, images: Tensor, *, batch_real: int, strategy: str
+        self,
+        data: ImageData,
+        model: str,
+        images: Tensor,
+        *,
+        batch_real: int,
+        strategy: str,
+        device: torch.device = CPU,
     ) -> None:
         """Starts from ``images`` [K * ipc, C, H, W] (copied), normalised, class by class."""
         self._data, self._model, self._batch = data, model, batch_real
-        self._real = data.normalise(data.train_images)
+        self._device = device
+        self._real = data.normalise(data.train_images).to(device)
         labels = data.train_labels.numpy()
         self._rows = [np.flatnonzero(labels == k) for k in range(data.classes)]
-        self.images = images.clone().requires_grad_()
+        self.images = images.to(device, copy=True).requires_grad_()
         self._ipc = len(images) // data.classes
         self._augment = PublishedAugment(strategy)
         self._optimizer = torch.optim.SGD([self.images], lr=1.0, momentum=0.5)
@@ -169,21 +191,21 @@ class PublishedIteration:
     def step(self) -> Tensor:
         """Draws a network and batches, makes an update, and gives the loss."""
         data = self._data
-        network = torch_network(self._model, data)
+        network = torch_network(self._model, data).to(self._device)
         network.train().requires_grad_(False)
         batches = [np.random.permutation(rows)[: self._batch] for rows in self._rows]
         seeds = [int(time.time() * 1000) % 100_000 for _ in batches]
         loss = self.loss(network, batches, seeds)
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self._optimizer.step()
-        return loss.detach()
+        return torch.tensor(loss.item())  # as published, read in every iteration
 
     def loss(
         self, network: Network, batches: list[np.ndarray], seeds: list[int] | None = None
     ) -> Tensor:
         """The loss for these draws: of each class the rows of its real images, and a seed."""
-        loss = torch.tensor(0.0)
+        loss = torch.tensor(0.0).to(self._device)
         shape = (self._ipc, *self.images.shape[1:])
         for k, rows in enumerate(batches):
             real = self._real[rows]
@@ -200,11 +222,14 @@ class PublishedIteration:
 class PublishedTraining:
     """Steps of training a network on a few images, as published."""
 
-    def __init__(self, data: ImageData, model: str, images: Tensor, labels: Tensor, strategy: str):
+    def __init__(
+        self, data: ImageData, model: str, images: Tensor, labels: Tensor, strategy: str
+    ) -> None:
+        """Trains on ``images`` [N, C, H, W], on their device."""
         self._loader = DataLoader(
             TensorDataset(images, labels), _PROTOCOL.batch, shuffle=True, num_workers=0
         )
-        self._network = torch_network(model, data).train()
+        self._network = torch_network(model, data).to(images.device).train()
         self._augment = PublishedAugment(strategy)
         self._optimizer = torch.optim.SGD(
             self._network.parameters(),
@@ -223,23 +248,27 @@ class PublishedTraining:
             predicted = np.argmax(logits.cpu().data.numpy(), axis=-1)
             correct += np.sum(np.equal(predicted, labels.cpu().data.numpy()))
             self._optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             self._optimizer.step()
 
 
 # ---- tidied ------------------------------------------------------------------------------------
 
 
-def tidied_augment(x: Tensor, params: Tensor) -> Tensor:
+def tidied_augment(x: Tensor, params: Tensor, there: Tensor) -> Tensor:
     """Applies one row [1, 13] to all images, or a row to each [N, 13]: :func:`siamese_augment`.
 
     Only transforms that some row selects are applied; a shared affine grid is expanded, not copied.
+
+    Args:
+        params: on the CPU.
+        there: the same on the device of ``x``.
     """
     images, _, height, width = x.shape
     selected = (params != torch.tensor(IDENTITY)).any(0).tolist()
 
     def column(index: Column) -> Tensor:
-        return params[:, index].view(-1, 1, 1, 1)
+        return there[:, index].view(-1, 1, 1, 1)
 
     if selected[Column.BRIGHTNESS]:
         x = x + column(Column.BRIGHTNESS)
@@ -250,13 +279,16 @@ def tidied_augment(x: Tensor, params: Tensor) -> Tensor:
     if selected[Column.CROP_Y] or selected[Column.CROP_X]:
         reach = int(params[:, Column.CROP_Y : Column.CROP_X + 1].abs().max())
         windows = F.pad(x, (reach,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-        dy, dx = (params[:, i].long() + reach for i in (Column.CROP_Y, Column.CROP_X))
+        shifts = Column.CROP_Y, Column.CROP_X
         if len(params) == 1:
-            x = windows[:, :, int(dy), int(dx)]
+            dy, dx = (int(params[0, i]) + reach for i in shifts)
+            x = windows[:, :, dy, dx]
         else:
-            x = windows[torch.arange(images), :, dy, dx]
+            rows, columns = (there[:, i].long() + reach for i in shifts)
+            x = windows[torch.arange(images, device=x.device), :, rows, columns]
     if selected[Column.CUT_HEIGHT]:
-        y, across = torch.arange(height).view(-1, 1), torch.arange(width)
+        y, across = (torch.arange(side, device=x.device) for side in (height, width))
+        y = y.view(-1, 1)
         top, left = column(Column.CUT_TOP), column(Column.CUT_LEFT)
         inside = (y >= top) & (y < top + column(Column.CUT_HEIGHT))
         inside = inside & (across >= left) & (across < left + column(Column.CUT_WIDTH))
@@ -265,12 +297,12 @@ def tidied_augment(x: Tensor, params: Tensor) -> Tensor:
         mirrored = x.flip(3)
         x = mirrored if len(params) == 1 else torch.where(column(Column.FLIP) != 0, mirrored, x)
     if selected[Column.SCALE_X] or selected[Column.SCALE_Y]:
-        zero = torch.zeros(len(params))
-        sx, sy = params[:, Column.SCALE_X], params[:, Column.SCALE_Y]
+        zero = torch.zeros_like(there[:, 0])
+        sx, sy = there[:, Column.SCALE_X], there[:, Column.SCALE_Y]
         x = _tidied_sample(x, torch.stack([sx, zero, zero, zero, sy, zero], 1))
     if selected[Column.ANGLE]:
-        zero = torch.zeros(len(params))
-        cos, sin = params[:, Column.ANGLE].cos(), params[:, Column.ANGLE].sin()
+        zero = torch.zeros_like(there[:, 0])
+        cos, sin = there[:, Column.ANGLE].cos(), there[:, Column.ANGLE].sin()
         x = _tidied_sample(x, torch.stack([cos, -sin, zero, sin, cos, zero], 1))
     return x
 
@@ -281,10 +313,28 @@ def _tidied_sample(x: Tensor, theta: Tensor) -> Tensor:
     return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=False)
 
 
+@contextmanager
+def _tuned() -> Iterator[None]:
+    """Within it cuDNN takes the algorithms that it has measured to be the fastest."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
+@_tuned()
 def fastest(
-    function: Callable[..., Tensor], use: Callable[[Callable[..., Tensor]], object], compiled: bool
+    function: Callable[..., Tensor],
+    use: Callable[[Callable[..., Tensor]], object],
+    compiled: bool,
+    device: torch.device = CPU,
 ) -> tuple[str, Callable[..., Tensor]]:
     """The name of the fastest form of ``function``, whose first argument is a batch, and the form.
+
+    A form that ``torch.compile`` cannot make here, for want of a compiler perhaps, is left out, and
+    the name says why.
 
     Args:
         use: what is timed: the best of three of each form, by turns, after one for warming up and
@@ -301,16 +351,26 @@ def fastest(
         if compiled:
             forms[f"compiled, channels {name}"] = torch.compile(form, dynamic=False)
 
-    for form in forms.values():
-        use(form)
+    failure = ""
+    for name, form in list(forms.items()):
+        try:
+            use(form)
+        except Exception as error:
+            if not name.startswith("compiled"):
+                raise
+            del forms[name]
+            words = str(error).strip().partition("\n")[0]
+            failure = f" (torch.compile failed: {type(error).__name__}: {words})"
     best = dict.fromkeys(forms, math.inf)
     for _ in range(3):
         for name, form in forms.items():
+            synchronise(device)
             start = time.perf_counter()
             use(form)
+            synchronise(device)
             best[name] = min(best[name], time.perf_counter() - start)
     name = min(best, key=best.__getitem__)
-    return name, forms[name]
+    return name + failure, forms[name]
 
 
 class TidiedIteration:
@@ -333,20 +393,26 @@ class TidiedIteration:
         seed: int,
         precision: str = "float32",
         compiled: bool = True,
+        device: torch.device = CPU,
     ) -> None:
-        """Starts from ``images`` [K * ipc, C, H, W] (copied), normalised, class by class."""
-        self._network = torch_network(model, data, seed)
+        """Starts from ``images`` [K * ipc, C, H, W] (copied), normalised, class by class.
+
+        Each class must have ``batch_real`` real images.
+        """
+        self._device = device
+        self._network = torch_network(model, data, seed).to(device)
         self._network.train().requires_grad_(False)
-        self._real = data.normalise(data.train_images)
-        self._order, self._class_offsets = data.by_class()
-        self._offsets, rows = data.batch_offsets(batch_real)
-        if rows != data.classes * batch_real or batch_real > _IMAGES_PER_PASS:
-            raise ValueError(f"each class needs {batch_real} images, at most {_IMAGES_PER_PASS}")
+        self._real = data.normalise(data.train_images).to(device)
+        offsets, _ = data.batch_offsets(batch_real)
+        self._order, self._class_offsets, self._offsets = (
+            tensor.to(device) for tensor in (*data.by_class(), offsets)
+        )
         self._classes, self._size = data.classes, data.size
         self._batch, self._ipc = batch_real, len(images) // data.classes
         self._strategy, self._seed = strategy, seed
+        images = images.to(device)
         self.images = images.clone().requires_grad_()
-        self.images.grad = torch.empty_like(images)
+        self._gradient = self.images.grad = torch.empty_like(images)
         self._optimizer = torch.optim.SGD([self.images], lr=1.0, momentum=0.5)
 
         # Kept from iteration to iteration: the real images of a pass, and all class means.
@@ -356,7 +422,7 @@ class TidiedIteration:
         self._means = images.new_empty(data.classes, self._network.classifier.in_features)
 
         def embed(x: Tensor) -> Tensor:
-            with autocast(CPU, precision):
+            with autocast(device, precision):
                 return self._network.embed(x).float()
 
         def without_gradient(form: Callable[..., Tensor]) -> Tensor:
@@ -368,16 +434,17 @@ class TidiedIteration:
         def with_gradient(form: Callable[..., Tensor]) -> object:
             return torch.autograd.grad(form(first).sum(), first)
 
-        real, self._embed_real = fastest(embed, without_gradient, compiled)
-        synthetic, self._embed_synthetic = fastest(embed, with_gradient, compiled)
+        real, self._embed_real = fastest(embed, without_gradient, compiled, device)
+        synthetic, self._embed_synthetic = fastest(embed, with_gradient, compiled, device)
         self.forms = {"real": real, "synthetic": synthetic}
 
     def _passes(self, images: int) -> Iterator[slice]:
         """The classes in groups of at most so many images a pass."""
-        step = max(1, _IMAGES_PER_PASS // images)
+        step = max(1, _IMAGES_PER_PASS[self._device.type] // images)
         for first in range(0, self._classes, step):
             yield slice(first, min(first + step, self._classes))
 
+    @_tuned()
     def step(self, step: int) -> Tensor:
         """Makes iteration ``step`` and gives its loss."""
         initialise_(self._network, self._seed, step)
@@ -398,32 +465,36 @@ class TidiedIteration:
             step,
             stream=Stream.AUGMENTATION,
         )
+        there = params.to(self._device, non_blocking=True)
         with torch.no_grad():
             for classes in self._passes(self._batch):
                 rows = index[classes.start * self._batch : classes.stop * self._batch]
                 real = torch.index_select(self._real, 0, rows, out=self._pass[: len(rows)])
-                embedded = self._embed_real(self._augmented(real, params[classes]))
+                embedded = self._embed_real(self._augmented(real, params[classes], there[classes]))
                 torch.mean(self._by_class(embedded, self._batch), 1, out=self._means[classes])
-        loss = torch.zeros(())
+        loss = self.images.new_zeros(())
         for classes in self._passes(self._ipc):
-            rows = slice(classes.start * self._ipc, classes.stop * self._ipc)
-            images = self.images[rows].detach().requires_grad_()
-            embedded = self._embed_synthetic(self._augmented(images, params[classes]))
+            of_classes = slice(classes.start * self._ipc, classes.stop * self._ipc)
+            images = self.images[of_classes].detach().requires_grad_()
+            embedded = self._embed_synthetic(
+                self._augmented(images, params[classes], there[classes])
+            )
             means = self._by_class(embedded, self._ipc).mean(1)
             term = (self._means[classes] - means).square().sum()
-            self.images.grad[rows] = torch.autograd.grad(term, images)[0]
+            self._gradient[of_classes] = torch.autograd.grad(term, images)[0]
             loss += term.detach()
         self._optimizer.step()
         return loss
 
     @staticmethod
     def _by_class(rows: Tensor, images: int) -> Tensor:
-        return rows.unflatten(0, (-1, images))
+        return rows.view(-1, images, rows.shape[1])
 
     @staticmethod
-    def _augmented(x: Tensor, params: Tensor) -> Tensor:
-        groups = zip(x.chunk(len(params)), params.split(1), strict=True)
-        return torch.cat([tidied_augment(images, row) for images, row in groups])
+    def _augmented(x: Tensor, params: Tensor, there: Tensor) -> Tensor:
+        rows = torch.split(params, 1), torch.split(there, 1)
+        groups = zip(x.chunk(len(params)), *rows, strict=True)
+        return torch.cat([tidied_augment(*group) for group in groups])
 
 
 class TidiedTraining:
@@ -444,8 +515,9 @@ class TidiedTraining:
         precision: str = "float32",
         compiled: bool = True,
     ) -> None:
+        """Trains on ``images`` [N, C, H, W], on their device."""
         self._images, self._labels, self._strategy = images, labels, strategy
-        self._network = torch_network(model, data, seed=0).train()
+        self._network = torch_network(model, data, seed=0).to(images.device).train()
         self._optimizer = torch.optim.SGD(
             self._network.parameters(),
             _PROTOCOL.learning_rate,
@@ -456,22 +528,25 @@ class TidiedTraining:
         self._batch = 0
 
         def loss(x: Tensor, labels: Tensor) -> Tensor:
-            with autocast(CPU, precision):
+            with autocast(images.device, precision):
                 logits = self._network(x)
             return F.cross_entropy(logits.float(), labels)
 
         def use(form: Callable[..., Tensor]) -> None:
-            form(images[: _PROTOCOL.batch], labels[: _PROTOCOL.batch]).backward()
+            torch.autograd.backward(form(images[: _PROTOCOL.batch], labels[: _PROTOCOL.batch]))
 
-        self.form, self._loss = fastest(loss, use, compiled)
+        self.form, self._loss = fastest(loss, use, compiled, images.device)
 
+    @_tuned()
     def epoch(self) -> None:
         """A step for each batch."""
-        for rows in torch.randperm(len(self._images)).split(_PROTOCOL.batch):
+        device, (height, width) = self._images.device, self._images.shape[2:]
+        order = torch.randperm(len(self._images), device=device)
+        for rows in torch.split(order, _PROTOCOL.batch):
             params = ops.draw_augmentation(
                 self._strategy,
                 1,
-                tuple(self._images.shape[2:]),
+                (height, width),
                 0,
                 self._batch,
                 rows=len(rows),
@@ -479,21 +554,7 @@ class TidiedTraining:
             )
             self._batch += 1
             self._optimizer.zero_grad()
-            x = tidied_augment(self._images[rows], params)
-            self._loss(x, self._labels[rows]).backward()
+            there = params.to(device, non_blocking=True)
+            x = tidied_augment(self._images[rows], params, there)
+            torch.autograd.backward(self._loss(x, self._labels[rows]))
             self._optimizer.step()
-
-
-# ---- one block ---------------------------------------------------------------------------------
-
-
-class TorchBlock(nn.Module):
-    """A block of the ConvNet out of torch's layers."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm = nn.GroupNorm(outputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(F.relu_(self.norm(self.convolution(x))), 2)
