@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Dataset condensation with distribution matching, at the speed of the hardware.
 
-:mod:`dmfast.ops` holds the fused operators, :mod:`dmfast.condense` and :mod:`dmfast.evaluate` the
-commands (``python -m dmfast.condense``) and functions of the same jobs.
+:mod:`dmfast.ops` holds the fused operators, :mod:`dmfast.condense`, :mod:`dmfast.coreset` and
+:mod:`dmfast.evaluate` the commands (``python -m dmfast.condense``) and functions of the same jobs.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ._readers import RawSet, Split, reason
 from ._sets import KNOWN, KnownSet, canonical_name, locate, locate_path, names_of_another
 from .errors import InputError
 
-__all__ = ["ImageData", "canonical_name", "load"]
+__all__ = ["ImageData", "NormalisedImages", "canonical_name", "load"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +87,49 @@ class ImageData:
         )
         return result.sub_(mean).div_(std)
 
+    def normalised(self) -> NormalisedImages:
+        """The training images, normalised as they are picked."""
+        return NormalisedImages(self, self.train_images)
+
     def _class_sizes(self) -> Tensor:
         return torch.bincount(self.train_labels, minlength=self.classes)
+
+
+@dataclass(frozen=True, eq=False)
+class NormalisedImages:
+    """Real images that stay the bytes they are: those picked by an index are normalised.
+
+    ``images`` [N, H, W, C] are of the set ``source``, on any device.
+    """
+
+    source: ImageData
+    images: Tensor
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """[n, C, H, W] float32."""
+        return self.source.normalise(self.images[index]).contiguous(
+            memory_format=self.memory_format
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, C, H, W]."""
+        n, height, width, channels = self.images.shape
+        return torch.Size((n, channels, height, width))
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def to(
+        self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> NormalisedImages:
+        """The same on a device; those picked have the memory format."""
+        return NormalisedImages(self.source, self.images.to(device), memory_format)
 
 
 def _running_sums(sizes: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Trains freshly drawn networks on a condensed set and tests them on real images.
+"""Trains freshly drawn networks on a few images, or on all, and tests them on real images.
 
 ``python -m dmfast.evaluate SET --dataset NAME``, and :func:`run` for the same job from Python.
 Each network is a pure function of the seed and its own number, so how many others there are
@@ -13,41 +13,31 @@ if __name__ == "__main__":  # before the imports that take long
 
     cli.main("dmfast.evaluate")
 
-import hashlib
 import json
-import math
-import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import cli, ops
+from . import cli
+from ._sources import BASELINES, Source, digest, note, source_of
 from ._version import __version__
 from .augment import WORDS, parse_strategy
-from .data import ImageData
-from .data import load as load_data
 from .devices import PRECISIONS, machine
 from .errors import InputError, choose
 from .files import write_bytes
 from .memory import keep_freed_pages
-from .ops import Stream
 from .presets import preset
 from .runs import locked
-from .synthetic import SyntheticSet
 from .training import PROTOCOLS, EvaluationResult, Evaluator, evaluate_set
 
 __all__ = ["BASELINES", "EvaluateConfig", "EvaluationResult", "evaluate_set", "run"]
-
-#: What can be trained on in place of a condensed set.
-BASELINES = {"random": "random real images, drawn anew for each network"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,9 @@ class EvaluateConfig:
 
     Where None, ``dataset``, ``model`` and ``dsa_strategy`` (words joined by underscores; "" for no
     augmentation) are what the set says it was condensed with, the latter two else the data set's
-    presets, and ``out`` is the folder of the set.
+    presets, ``networks`` and ``epochs`` are the protocol's (fewer epochs of the whole set), and
+    ``out`` is the folder of the set. One of ``set``, ``indices`` (a file), ``baseline`` and
+    ``whole`` says what to train on.
 
     Raises:
         InputError: on values out of range, or options that exclude each other.
@@ -65,11 +57,13 @@ class EvaluateConfig:
     set: str | None = None
     dataset: str | None = None
     data_root: str | None = None
+    indices: str | None = None
     baseline: str | None = None
     ipc: int | None = None
+    whole: bool = False
     model: str | None = None
-    networks: int = 20
-    epochs: int = 1000
+    networks: int | None = None
+    epochs: int | None = None
     seed: int = 0
     dsa_strategy: str | None = None
     protocol: str = "published"
@@ -83,25 +77,38 @@ class EvaluateConfig:
     unsafe: bool = False
 
     def __post_init__(self) -> None:
+        given = [
+            words
+            for words, there in (
+                (self.set, self.set is not None),
+                ("--indices", self.indices is not None),
+                ("--baseline", self.baseline is not None),
+                ("--whole", self.whole),
+            )
+            if there
+        ]
+        if not given:
+            raise InputError(
+                "nothing to evaluate: name a SET, or give --indices FILE, --baseline random "
+                "--ipc N or --whole"
+            )
+        if len(given) > 1:
+            raise InputError(f"{given[0]} and {given[1]} exclude each other: leave one out")
         if self.baseline is None:
-            if self.set is None:
-                raise InputError(
-                    "nothing to evaluate: name a SET, or give --baseline random --ipc N"
-                )
             if self.ipc is not None:
-                raise InputError("--ipc goes with --baseline random; a SET has its own number")
+                raise InputError(
+                    f"--ipc goes with --baseline random; {given[0]} has its own number"
+                )
         else:
             choose("--baseline", self.baseline, BASELINES)
-            if self.set is not None:
-                raise InputError(f"{self.set} and --baseline exclude each other: leave one out")
             if self.ipc is None or self.ipc < 1:
                 raise InputError(f"--baseline random needs --ipc of 1 or more, got {self.ipc}")
         choose("--protocol", self.protocol, PROTOCOLS)
         if self.out == "":
             raise InputError("--out is empty: name a folder, or leave it out")
-        if self.networks < 1:
+        if self.networks is not None and self.networks < 1:
             raise InputError(f"--networks must be 1 or more, got {self.networks}")
-        if self.epochs < 0:
+        if self.epochs is not None and self.epochs < 0:
             raise InputError(f"--epochs must be 0 or more, got {self.epochs}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
@@ -121,14 +128,14 @@ def run(config: EvaluateConfig, *, command: str | None = None) -> EvaluationResu
         InputError: the set, the data or an option cannot be used, they do not fit each other, or
             the folder holds another evaluation.
     """
-    source = _random(config) if config.set is None else _condensed(config, config.set)
+    source = source_of(config)
     folder = Path(config.out) if config.out else source.folder
     with locked(folder):
         return _run(config, source, folder, command)
 
 
 def _run(
-    config: EvaluateConfig, source: _Source, folder: Path, command: str | None
+    config: EvaluateConfig, source: Source, folder: Path, command: str | None
 ) -> EvaluationResult:
     presets = preset(source.data.name, int(source.ipc))
     model, strategy = (
@@ -139,41 +146,54 @@ def _run(
         )
     )
     augmentation = "_".join(parse_strategy(strategy))
+    protocol = PROTOCOLS[config.protocol]
+    usual_epochs = protocol.epochs if augmentation else protocol.plain_epochs
+    epochs = next(n for n in (config.epochs, source.epochs, usual_epochs) if n is not None)
+    networks = protocol.networks if config.networks is None else config.networks
     evaluator = Evaluator(
         source.data,
         model=model,
-        epochs=config.epochs,
+        epochs=epochs,
         seed=config.seed,
         strategy=augmentation,
         precision=config.precision,
         device=config.device,
         protocol=config.protocol,
+        learning_rate=source.learning_rate,
     )
     record = _Record(
         folder,
         identity={
             "dataset": source.data.name,
             "images_per_class": source.ipc,
-            "baseline": BASELINES.get(config.baseline or ""),
+            "baseline": source.baseline,
             "training_images": source.training_images,
-            "test_images": _digest(source.data.test_images, source.data.test_labels),
+            "test_images": digest(source.data.test_images, source.data.test_labels),
             "normalisation": [source.data.mean, source.data.std],
             "model": model,
             "protocol": config.protocol,
-            "epochs": config.epochs,
+            "epochs": epochs,
             "augmentation": augmentation or "none",
             "seed": config.seed,
             "precision": evaluator.precision,
             "versions": {"dmfast": __version__, "torch": torch.__version__},
         },
-        facts={"set": config.set, "machine": machine(evaluator.device), "command": command},
+        facts={
+            "set": config.set,
+            "indices": config.indices,
+            "labels": "softmax of the set's scores" if source.soft_labels else "hard",
+            "learning_rate": evaluator.learning_rate,
+            "accuracy_of": protocol.accuracy_of,
+            "machine": machine(evaluator.device),
+            "command": command,
+        },
     )
-    result = record.read(config.networks, config.overwrite)
-    if len(result.accuracies) == config.networks:
-        _note("this evaluation is there already; nothing was trained")
+    result = record.read(networks, config.overwrite)
+    if len(result.accuracies) == networks:
+        note("this evaluation is there already; nothing was trained")
     else:
         record.write(result)  # where that fails it is to fail now
-        result = _evaluate_rest(evaluator, source, config, record, result)
+        result = _evaluate_rest(evaluator, source, networks, epochs, record, result)
         record.finish(result)
     print(_summary(result, record.final))
     return result
@@ -181,8 +201,9 @@ def _run(
 
 def _evaluate_rest(
     evaluator: Evaluator,
-    source: _Source,
-    config: EvaluateConfig,
+    source: Source,
+    networks: int,
+    epochs: int,
     record: _Record,
     result: EvaluationResult,
 ) -> EvaluationResult:
@@ -191,11 +212,11 @@ def _evaluate_rest(
 
     first = len(result.accuracies)
     start = time.perf_counter()
-    total = (config.networks - first) * (config.epochs + 1)
+    total = (networks - first) * (epochs + 1)
     try:
         with tqdm(total=total, unit="epoch", disable=None, dynamic_ncols=True) as bar:
-            for index in range(first, config.networks):
-                bar.set_description(f"network {index + 1}/{config.networks}")
+            for index in range(first, networks):
+                bar.set_description(f"network {index + 1}/{networks}")
                 began = time.perf_counter()
                 accuracy = evaluator(*source.images_of(index), index, bar.update)
                 now = time.perf_counter()
@@ -203,144 +224,21 @@ def _evaluate_rest(
                     (*result.accuracies, accuracy), result.seconds + now - began
                 )
                 record.write(result)
-                left = (now - start) / (index + 1 - first) * (config.networks - index - 1)
+                left = (now - start) / (index + 1 - first) * (networks - index - 1)
                 with bar.external_write_mode():
                     print(
-                        f"network {index + 1} of {config.networks}: {accuracy:.2f} %, "
+                        f"network {index + 1} of {networks}: {accuracy:.2f} %, "
                         f"{now - began:.0f} s; {timedelta(seconds=round(left))} left",
                         flush=True,
                     )
     except KeyboardInterrupt:
         print(
-            f"{len(result.accuracies)} of {config.networks} networks are done and kept in "
+            f"{len(result.accuracies)} of {networks} networks are done and kept in "
             f"{record.partial}; the same command continues with the next",
             file=sys.stderr,
         )
         raise
     return result
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What the networks train on: ``images_of(index)`` gives the images and labels of each."""
-
-    data: ImageData
-    ipc: float
-    images_of: Callable[[int], tuple[Tensor, Tensor]]
-    training_images: str  # a digest of all that images_of follows from
-    folder: Path  # of the result, where the user names none
-    config: dict[str, Any]  # how the set was made, as far as it says
-
-
-def _condensed(config: EvaluateConfig, path: str) -> _Source:
-    name = config.dataset
-    if name is None:
-        recorded = SyntheticSet.load(path, config.experiment, config.unsafe).config.get("dataset")
-        if not isinstance(recorded, str):
-            raise InputError(f"{path} does not say what it was condensed from: give --dataset NAME")
-        name = recorded
-    try:
-        data = load_data(name, config.data_root, cache=config.cache, download=config.download)
-    except InputError as error:
-        if config.dataset is not None:
-            raise
-        raise InputError(
-            f"{error} ({path} says that it was condensed from {name}: give --dataset where that is "
-            "called otherwise here)"
-        ) from error
-    synthetic = SyntheticSet.load(
-        path, config.experiment, config.unsafe, mean=data.mean, std=data.std
-    )
-    _check_fit(path, synthetic, data)
-    if not (_close(synthetic.mean, data.mean) and _close(synthetic.std, data.std)):
-        _note(
-            f"{path} is normalised by mean {synthetic.mean} and std {synthetic.std}, {data.name} "
-            f"by {data.mean} and {data.std}; the test images are normalised as the set is"
-        )
-        data = replace(data, mean=synthetic.mean, std=synthetic.std)
-    if synthetic.learning_rate is not None:
-        _note(
-            f"{path} came with a learning rate of {synthetic.learning_rate:g}; the protocol "
-            f"{config.protocol} trains with {PROTOCOLS[config.protocol].learning_rate:g}"
-        )
-    images, labels = synthetic.images, synthetic.labels
-    return _Source(
-        data,
-        _plain(len(labels) / data.classes),
-        lambda index: (images, labels),
-        _digest(images, labels),
-        Path(path) if Path(path).is_dir() else Path(path).parent,
-        synthetic.config,
-    )
-
-
-def _random(config: EvaluateConfig) -> _Source:
-    assert config.ipc is not None
-    data = load_data(
-        config.dataset or "digits", config.data_root, cache=config.cache, download=config.download
-    )
-    order, class_offsets = data.by_class()
-    sizes = class_offsets.diff()
-    if config.ipc > sizes.min():
-        raise InputError(
-            f"--ipc {config.ipc}: class {data.class_names[int(sizes.argmin())]!r} of {data.name} "
-            f"has {int(sizes.min())} images; ask for at most that many"
-        )
-    offsets, rows = data.batch_offsets(config.ipc)
-
-    def images_of(index: int) -> tuple[Tensor, Tensor]:
-        drawn = ops.draw_batch(
-            order,
-            class_offsets,
-            offsets,
-            rows,
-            config.seed,
-            index,
-            stream=Stream.EVALUATION_INITIAL_IMAGES,
-        )
-        return data.normalise(data.train_images[drawn]), data.train_labels[drawn]
-
-    words = [re.sub(r"[^\w-]+", "-", Path(data.name).name), "random"]
-    words += [f"ipc{config.ipc}", f"seed{config.seed}"]
-    if config.dsa_strategy is not None and not parse_strategy(config.dsa_strategy):
-        words.append("no-augmentation")
-    return _Source(
-        data,
-        config.ipc,
-        images_of,
-        _digest(data.train_images, data.train_labels),
-        Path("runs", "-".join(words)),
-        {},
-    )
-
-
-def _check_fit(path: str, synthetic: SyntheticSet, data: ImageData) -> None:
-    shape, expected = list(synthetic.images.shape[1:]), [data.channels, *data.size]
-    if shape != expected:
-        raise InputError(
-            f"{path} has images of {_shape_words(shape)}, {data.name} of {_shape_words(expected)}: "
-            "give the --dataset it was condensed from"
-        )
-    if synthetic.classes != data.classes:
-        raise InputError(
-            f"{path} has {synthetic.classes} classes, {data.name} has {data.classes}: give the "
-            "--dataset it was condensed from"
-        )
-    names = synthetic.class_names
-    if names != data.class_names and sorted(names) == sorted(data.class_names):
-        raise InputError(
-            f"{path} numbers the classes of {data.name} in another order ({', '.join(names[:3])}, "
-            f"... for {', '.join(data.class_names[:3])}, ...): reorder its labels"
-        )
-    for what, there in (
-        ("soft labels", synthetic.soft_labels is not None),
-        ("ZCA-whitened images", synthetic.zca),
-        (f"images that hold {synthetic.factor}x{synthetic.factor} others", synthetic.factor != 1),
-    ):
-        if there:
-            raise InputError(
-                f"{path} has {what}, which no protocol here trains on; use a set without"
-            )
 
 
 class _Record:
@@ -438,32 +336,6 @@ class _Record:
             ) from error
 
 
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _close(a: Sequence[float], b: Sequence[float]) -> bool:
-    return all(math.isclose(x, y, rel_tol=1e-5) for x, y in zip(a, b, strict=True))
-
-
-def _plain(number: float) -> float:
-    """An int where the number is whole."""
-    return int(number) if number == int(number) else number
-
-
-def _shape_words(shape: Sequence[int]) -> str:
-    channels, height, width = shape
-    return f"{height}x{width} pixels and {channels} channel{'s' if channels > 1 else ''}"
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
-
-
 def _summary(result: EvaluationResult, path: Path) -> str:
     interval = result.interval_95
     return (
@@ -481,14 +353,16 @@ def _summary(result: EvaluationResult, path: Path) -> str:
 def _parser() -> cli.Parser:
     parser = cli.Parser(
         "dmfast.evaluate",
-        "Trains freshly drawn networks on a condensed set and tests them on the real test images.",
+        "Trains freshly drawn networks on a condensed set, or on real images, and tests them on "
+        "the real test images.",
     )
     default = EvaluateConfig
     parser.add_argument(
         "set",
         metavar="SET",
         nargs="?",
-        help="a run's folder, or a set in any format of this package",
+        help="a run's folder, a set in any format of this package, or a folder of pictures for "
+        "each class",
     )
     parser.add_argument(
         "--dataset",
@@ -501,23 +375,32 @@ def _parser() -> cli.Parser:
         help="what holds the data set's folder or files (default: ./data, then $DMFAST_DATA)",
     )
     parser.add_argument(
+        "--indices",
+        metavar="FILE",
+        help="train on the real images listed there in place of a SET: numbers from 0 in the "
+        "training set, as JSON (as coreset.json has them) or words",
+    )
+    parser.add_argument(
         "--baseline",
         choices=BASELINES,
         help="train on that in place of a SET: random real images, others for each network",
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="train on the whole real set: the upper bound"
     )
     parser.add_argument("--ipc", metavar="N", type=int, help="images a class, of a baseline")
     parser.add_argument(
         "--model", metavar="NAME", help="as ConvNetD4BN (default: as SET says, else the preset)"
     )
     parser.add_argument(
-        "--networks", metavar="N", type=int, default=default.networks, help="how many to train"
+        "--networks", metavar="N", type=int, help="how many to train (default: the protocol, 20)"
     )
     parser.add_argument(
         "--epochs",
         metavar="E",
         type=int,
-        default=default.epochs,
-        help="train epochs 0 to E, as the published option does",
+        help="train epochs 0 to E, as the published option does (default: the protocol, 1000; of "
+        "the whole set 50)",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=default.seed, help="of all draws")
     strategy = parser.add_mutually_exclusive_group()
@@ -538,7 +421,9 @@ def _parser() -> cli.Parser:
         "--protocol",
         choices=PROTOCOLS,
         default=default.protocol,
-        help="how networks are trained",
+        help="how networks are trained and which accuracy counts; dc-bench: as published, but 5 "
+        "networks, and 300 epochs without augmentation; best-epoch: as published, but the best of "
+        "every 20th epoch and the last, which the test images choose",
     )
     parser.add_argument(
         "--precision",
@@ -556,7 +441,8 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="folder of evaluation.json (default: that of SET; runs/NAME-random-ipcN-seedN)",
+        help="folder of evaluation.json (default: that of SET or FILE; "
+        "runs/NAME-random-ipcN-seedN, runs/NAME-whole-seedN)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace another evaluation in the folder"

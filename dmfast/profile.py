@@ -791,8 +791,9 @@ def report(result: dict[str, Any]) -> str:
     pages = {None: "", True: ", freed pages kept", False: ", freed pages not kept"}
     known = f"{rate / 1e12:.3g} TFLOP/s" if rate else "an unknown rate"
     variables = "".join(f", {name}={value}" for name, value in result["environment"].items())
+    kept = pages[result["freed_pages_kept"]]
     lines = [
-        f"{device}{pages[result['freed_pages_kept']]}; torch {result['versions']['torch']}{variables}",
+        f"{device}{kept}; torch {result['versions']['torch']}{variables}",
         f"at most {known} in {at['precision']}, and {bandwidth / 1e9:.3g} GB/s copied",
         f"{at['dataset']}, {at['classes']} x {at['ipc']} images of {at['images']}, "
         f"{at['real_images']} real ones an iteration, {at['model']}, {at['precision']}",

@@ -48,7 +48,8 @@ class SyntheticSet:
         mean, std: for each channel, of images in [0, 1]; empty where a format does not say.
         class_names: one for each class, empty where a format does not say.
         config: how the set was made, as JSON has it.
-        soft_labels: float32 [N, K]: scores of the classes to train with in place of the labels.
+        soft_labels: float32 [N, K]: scores of the classes, whose softmax is trained with in place
+            of the labels.
         learning_rate: of training on the set, where it was learned with it.
         zca: the images are whitened across pixels as well, so they are no pictures.
         factor: each image holds factor x factor smaller ones, to be scaled up before use.

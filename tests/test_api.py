@@ -36,11 +36,12 @@ SURFACE = {
     "dmfast.networks": ["get_network(name, channels, classes, size, seed=None)"],
     "dmfast.data": ["ImageData", "load(name, root=None, *, cache=True, download=False)"],
     "dmfast.synthetic": ["FORMATS", "SyntheticSet", "save_grid"],
+    "dmfast.coreset": ["Coreset", "CoresetConfig", "run"],
     "dmfast.condense": ["CondenseConfig", "run(config)"],
     "dmfast.evaluate": ["EvaluateConfig", "run"],
     "dmfast.profile": ["ProfileConfig", "run(config)"],
 }
-COMMANDS = ("condense", "evaluate", "export", "profile", "demo")
+COMMANDS = ("condense", "coreset", "evaluate", "export", "profile", "demo")
 
 
 def signature(thing: object) -> str:
@@ -95,8 +96,8 @@ def test_every_command_has_help_and_fails_in_one_line(command: str) -> None:
         )
 
     assert call("--help").returncode == 0
-    required = ["x", "--format", "png", "--out", "y"] if command == "export" else []
-    wrong = call(*required, "--no-such-option")
+    required = {"export": ["x", "--format", "png", "--out", "y"], "coreset": ["random"]}
+    wrong = call(*required.get(command, []), "--no-such-option")
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     assert "--no-such-option" in wrong.stderr

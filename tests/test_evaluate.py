@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from dmfast import InputError, data, evaluate, ops, training
@@ -238,6 +239,9 @@ def test_run_writes_the_evaluation_beside_the_set(
         "protocol": "published",
         "epochs": 20,
         "augmentation": STRATEGY,  # the preset of digits: no flip
+        "labels": "hard",
+        "learning_rate": 0.01,
+        "accuracy_of": "the last epoch",
         "seed": 1,
         "precision": "float32",
         "command": "the command",
@@ -360,6 +364,288 @@ def test_random_baseline_draws_new_images_for_each_network(
     assert (tmp_path / "runs" / "digits-random-ipc3-seed0-no-augmentation").is_dir()
 
 
+# ---- other protocols, labels and learning rates ------------------------------------------------
+
+
+def caught(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What networks are trained on from now on, in place of training them."""
+    calls: list[dict[str, Any]] = []
+
+    def train(network: object, images: Any, labels: torch.Tensor, **rest: Any) -> None:
+        calls.append({"images": images, "labels": labels, **rest})
+
+    monkeypatch.setattr(training, "train", train)
+    return calls
+
+
+def test_best_epoch_is_the_best_of_every_20th_and_the_last(
+    digits: data.ImageData, small: SyntheticSet, saved: Path
+) -> None:
+    result = evaluate.run(quick(set=str(saved), epochs=65, networks=3, protocol="best-epoch"))
+    test_images = digits.normalise(digits.test_images)
+    last = []
+    for index, accuracy in enumerate(result.accuracies):
+        network = get_network(MODEL, 1, 10, (8, 8), seed=0)
+        initialise_(network, 0, 0, network_index=index, stream=Stream.EVALUATION_WEIGHTS)
+        seen: list[float] = []
+
+        def test(network: Any = network, seen: list[float] = seen) -> None:
+            with torch.no_grad():
+                right = network(test_images).argmax(1) == digits.test_labels
+            seen.append(100 * right.double().mean().item())
+
+        training.train(
+            network,
+            small.images,
+            small.labels,
+            epochs=65,
+            seed=0,
+            index=index,
+            strategy=STRATEGY,
+            on_epoch=test,
+        )
+        assert len(seen) == 66
+        assert accuracy == pytest.approx(max(seen[epoch] for epoch in (20, 40, 60, 65)))
+        last.append(seen[-1])
+    assert result.accuracies != pytest.approx(last), "the last is the best of all three networks"
+    content = written(saved.parent)
+    assert content["protocol"] == "best-epoch"
+    assert content["accuracy_of"] == (
+        "the best, on the test images, of every 20th epoch and the last"
+    )
+
+
+def test_tests_on_the_way_leave_the_training_as_it_is(
+    digits: data.ImageData, small: SyntheticSet
+) -> None:
+    """With batch norm, whose statistics and mode a test could change."""
+
+    def weights(protocol: str) -> dict[str, torch.Tensor]:
+        evaluator = training.Evaluator(
+            digits,
+            model="ConvNetD1W8BN",
+            epochs=22,
+            seed=0,
+            strategy="",
+            precision="float32",
+            device="cpu",
+            protocol=protocol,
+        )
+        evaluator(small.images, small.labels, 0, None)
+        return evaluator._network.state_dict()
+
+    torch.testing.assert_close(weights("best-epoch"), weights("published"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "networks", "epochs"),
+    [
+        ({}, 20, 1000),
+        ({"dsa_strategy": ""}, 20, 1000),
+        ({"protocol": "dc-bench"}, 5, 1000),
+        ({"protocol": "dc-bench", "dsa_strategy": "none"}, 5, 300),
+        ({"protocol": "dc-bench", "networks": 2, "epochs": 7}, 2, 7),
+        ({"protocol": "best-epoch"}, 20, 1000),
+    ],
+)
+def test_numbers_of_networks_and_epochs_are_the_protocols(
+    saved: Path,
+    options: dict[str, Any],
+    networks: int,
+    epochs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = caught(monkeypatch)
+    evaluate.run(EvaluateConfig(set=str(saved), model=MODEL, **options))
+    assert len(calls) == networks
+    assert {call["epochs"] for call in calls} == {epochs}
+    assert (written(saved.parent)["networks"], written(saved.parent)["epochs"]) == (
+        networks,
+        epochs,
+    )
+
+
+def test_soft_labels_are_scores_whose_softmax_is_learned(
+    digits: data.ImageData, small: SyntheticSet, tmp_path: Path
+) -> None:
+    """As published with soft labels: the loss is written out here, for one update."""
+    scores = 3 * torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    soft = replace(small, soft_labels=scores, labels=scores.argmax(1))
+    soft.export(tmp_path / "set", "mtt")
+    evaluate.run(quick(set=str(tmp_path / "set"), dataset="digits", networks=1, epochs=1))
+    assert written(tmp_path / "set")["labels"] == "softmax of the set's scores"
+
+    network = get_network(MODEL, 1, 10, (8, 8), seed=0)
+    training.train(network, small.images, scores.softmax(1), epochs=0, seed=0)
+    expected = get_network(MODEL, 1, 10, (8, 8), seed=0)
+    probabilities = scores.exp() / scores.exp().sum(1, keepdim=True)
+    loss = -(probabilities * expected(small.images).log_softmax(1)).sum(1).mean()
+    weights = list(expected.parameters())
+    with torch.no_grad():
+        for w, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            w.sub_(0.01 * (gradient + 5e-4 * w))
+    torch.testing.assert_close(network.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "mtt"])
+def test_a_learned_rate_and_soft_labels_of_a_file_are_used(
+    small: SyntheticSet,
+    tmp_path: Path,
+    format: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = caught(monkeypatch)
+    scores = torch.randn(20, 10)
+    learned = replace(small, soft_labels=scores, labels=scores.argmax(1), learning_rate=0.0234)
+    learned.export(tmp_path / "set", format)
+    config = quick(
+        set=str(tmp_path / "set"), dataset="digits", networks=1, out=str(tmp_path / "out")
+    )
+    evaluate.run(config)
+    (call,) = calls
+    assert torch.equal(call["labels"], scores.softmax(1))
+    assert call["protocol"] == replace(training.Protocol(), learning_rate=pytest.approx(0.0234))
+    assert "learning rate of 0.0234, which is used" in capsys.readouterr().err
+    assert written(tmp_path / "out")["learning_rate"] == pytest.approx(0.0234)
+    learned.learning_rate = 0.03  # all else the same
+    (tmp_path / "set").rename(tmp_path / "old")
+    learned.export(tmp_path / "set", format)
+    with pytest.raises(InputError, match="training_images is"):
+        evaluate.run(config)
+
+
+# ---- other things to train on ------------------------------------------------------------------
+
+
+def test_the_whole_set(
+    digits: data.ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        calls = caught(patch)
+        evaluate._main(["--whole", "--model", MODEL, "--networks", "2"])
+    assert [call["epochs"] for call in calls] == [50, 50]
+    content = written(tmp_path / "runs" / "digits-whole-seed0")
+    assert content["baseline"] == "the whole real set"
+    assert content["images_per_class"] == len(digits.train_labels) / 10
+    result = evaluate.run(quick(whole=True, networks=1, epochs=2, out=str(tmp_path / "out")))
+    expected = evaluate_set(
+        digits.normalise(digits.train_images),
+        digits.train_labels,
+        digits,
+        model=MODEL,
+        networks=1,
+        epochs=2,
+        strategy=STRATEGY,
+    )
+    assert result.accuracies == expected.accuracies
+    for index in (torch.tensor([5, 0, 5]), torch.arange(7)):
+        picked = calls[0]["images"][index]
+        assert torch.equal(picked, digits.normalise(digits.train_images)[index])
+    assert calls[0]["images"].shape == (len(digits.train_labels), 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "options"),
+    [
+        ("[7, 0, 1400]", {"dataset": "digits"}),
+        ('{"indices": [7, 0, 1400], "dataset": "digits"}', {}),
+        ('{"indices": [7, 0, 1400], "dataset": "gone"}', {"dataset": "digits"}),
+        ("7\n0\n1400\n", {"dataset": "digits"}),
+    ],
+)
+def test_listed_images(
+    digits: data.ImageData,
+    content: str,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "list").write_text(content)
+    calls = caught(monkeypatch)
+    evaluate.run(quick(indices=str(tmp_path / "list"), networks=1, **options))
+    index = torch.tensor([7, 0, 1400])
+    assert torch.equal(calls[0]["images"], digits.normalise(digits.train_images[index]))
+    assert torch.equal(calls[0]["labels"], digits.train_labels[index])
+    assert written(tmp_path)["indices"] == str(tmp_path / "list")
+    (tmp_path / "list").write_text("[7, 0, 1399]")
+    with pytest.raises(InputError, match="training_images is"):
+        evaluate.run(quick(indices=str(tmp_path / "list"), networks=1, dataset="digits"))
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("[7, 0, 1442]", "lists image 1442, but digits has the training images 0 to 1441"),
+        ("[-1]", "lists image -1, but"),
+        ("[3, 4, 3]", "lists image 3 more than once"),
+        ("[]", "holds no indices"),
+        ("", "holds no indices"),
+        ("[1.0]", "holds no indices"),
+        ("[true]", "holds no indices"),
+        ("1 2 x", "holds no indices"),
+        ('{"index": [1]}', "holds no indices"),
+        ("9" * 30, "holds no indices"),
+        ("[" + "9" * 30 + "]", "lists image 9{30}, but"),
+    ],
+)
+def test_lists_that_cannot_be_used(content: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text(content)
+    with pytest.raises(InputError, match=named) as error:
+        evaluate.run(quick(indices=str(tmp_path / "list"), dataset="digits"))
+    assert str(tmp_path / "list") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_says_of_which_set(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("[1]")
+    with pytest.raises(InputError, match=r"does not say of which set .* give --dataset"):
+        evaluate.run(quick(indices=str(tmp_path / "list")))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_classes_are_known_by_their_names(
+    digits: data.ImageData, small: SyntheticSet, tmp_path: Path, soft: bool, monkeypatch: Any
+) -> None:
+    """A set that numbers them in another order is learned as one that does not."""
+    calls = caught(monkeypatch)
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]  # the set's class k is the digits' class order[k]
+    number = torch.tensor([order.index(k) for k in range(10)])
+    scores = torch.randn(20, 10) if soft else None
+    other = replace(
+        small,
+        labels=number[small.labels],
+        class_names=tuple(digits.class_names[k] for k in order),
+        soft_labels=None if scores is None else scores[:, torch.tensor(order)],
+    )
+    other.save(tmp_path / "set.safetensors")
+    evaluate.run(quick(set=str(tmp_path / "set.safetensors"), networks=1))
+    expected = small.labels if scores is None else scores.softmax(1)
+    torch.testing.assert_close(calls[0]["labels"], expected)
+
+
+def test_a_folder_of_pictures(
+    digits: data.ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of elsewhere: a folder a class, of any number of pictures, read as [0, 1]."""
+    calls = caught(monkeypatch)
+    picked = [k for k in range(40) if k % 7]
+    for k in picked:
+        folder = tmp_path / "set" / digits.class_names[digits.train_labels[k]]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.train_images[k, ..., 0].numpy()).save(folder / f"{k:03}.png")
+    config = quick(
+        set=str(tmp_path / "set"), dataset="digits", networks=1, out=str(tmp_path / "out")
+    )
+    evaluate.run(config)
+    by_class = sorted(picked, key=lambda k: digits.train_labels[k].item())
+    expected = digits.normalise(digits.train_images[by_class])
+    torch.testing.assert_close(calls[0]["images"], expected, rtol=0, atol=1e-6)
+    assert torch.equal(calls[0]["labels"], digits.train_labels[by_class])
+    assert written(tmp_path / "out")["images_per_class"] == len(picked) / 10
+
+
 # ---- going on ----------------------------------------------------------------------------------
 
 
@@ -459,6 +745,10 @@ def test_foreign_file_is_kept(saved: Path) -> None:
         ({}, "nothing to evaluate.*--baseline random"),
         ({"set": "x", "baseline": "random", "ipc": 1}, "exclude each other"),
         ({"set": "x", "ipc": 1}, "--ipc goes with --baseline"),
+        ({"whole": True, "ipc": 1}, "--ipc goes with --baseline random; --whole has its own"),
+        ({"set": "x", "whole": True}, "x and --whole exclude each other"),
+        ({"indices": "x", "baseline": "random", "ipc": 1}, "--indices and --baseline exclude"),
+        ({"indices": "not/there"}, "not/there cannot be read: No such file"),
         ({"baseline": "random"}, "needs --ipc"),
         ({"baseline": "random", "ipc": 0}, "needs --ipc of 1 or more, got 0"),
         ({"baseline": "random", "ipc": 141}, "class '8' of digits has 140 images"),
@@ -497,12 +787,12 @@ def test_wrong_options(
             "3 channels, digits of 8x8 pixels and 1 channel",
         ),
         ({"class_names": (), "labels": torch.arange(20) % 5}, "has 5 classes, digits has 10"),
-        ({"class_names": tuple("1023456789")}, "numbers the classes of digits in another order"),
-        ({"soft_labels": torch.full((20, 10), 0.1)}, "has soft labels"),
+        ({"soft_labels": torch.zeros(20, 9)}, "has 9 classes, digits has 10"),
         ({"zca": True}, "ZCA-whitened"),
+        ({"learning_rate": -0.1}, "learning rate of -0.1, with which nothing is learned"),
         ({"factor": 2}, "images that hold 2x2 others"),
         ({"config": {}}, "give --dataset"),
-        ({"config": {"dataset": "/gone"}}, "'/gone' is neither.*condensed from /gone: give --data"),
+        ({"config": {"dataset": "/gone"}}, "'/gone' is neither.*made of /gone: give --data"),
     ],
 )
 def test_sets_that_do_not_fit(

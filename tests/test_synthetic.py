@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from test_files import largest_file
+from torch.utils.data import DataLoader, TensorDataset
 
 from dmfast import export
 from dmfast.errors import InputError
@@ -167,6 +169,120 @@ def test_published_res_file_of_numpy_1(tmp_path: Path) -> None:
         48.5,
         49.25,
     ]
+
+
+# ---- exports, read as their readers do: plain torch.load, and the same subscripts --------------
+
+
+def step_on(images: torch.Tensor, labels: torch.Tensor) -> None:
+    """What every reader does with them: batches of a network's inputs and targets."""
+    dataset = TensorDataset(images.detach().float(), labels.detach())
+    for batch, targets in DataLoader(dataset, batch_size=4):
+        logits = batch.flatten(1)[:, :3].requires_grad_()
+        torch.nn.functional.cross_entropy(logits, targets).backward()
+
+
+def exported(tmp_path: Path, format: str, **fields: Any) -> tuple[Path, SyntheticSet]:
+    """In another layout than the usual one, and leaving [0, 1]."""
+    condensed = make_set(**fields)
+    condensed.images = condensed.images.to(memory_format=torch.channels_last)
+    condensed.export(tmp_path / "set", format)
+    return tmp_path / "set", condensed
+
+
+def test_the_published_script_and_dc_bench_read_res(tmp_path: Path) -> None:
+    """DC-BENCH: the last of ``data``; the published script and IDC's tests the same."""
+    path, condensed = exported(tmp_path, "res", config={})
+    content = torch.load(path)
+    assert content["accs_all_exps"] == {}
+    (experiment,) = content["data"]
+    images, labels = experiment
+    assert isinstance(experiment, list)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert torch.equal(images, condensed.images)  # normalised, not clamped
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    step_on(images, labels)
+
+
+def test_accuracies_of_res_are_plain_numbers(tmp_path: Path) -> None:
+    """numpy's, as the published code writes them, are what a plain torch.load refuses."""
+    published_res(tmp_path / "published.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "published.pt")
+    SyntheticSet.load(tmp_path / "published.pt").export(tmp_path / "ours.pt", "res")
+    accuracies = torch.load(tmp_path / "ours.pt")["accs_all_exps"]["ConvNet"]
+    assert [type(accuracy) for accuracy in accuracies] == [float, float]
+
+
+def test_mtt_and_dc_bench_read_mtt(tmp_path: Path) -> None:
+    folder, condensed = exported(tmp_path, "mtt", learning_rate=0.02)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "images_best.pt",
+        "labels_best.pt",
+        "lr_best.pt",
+    ]
+    images = torch.load(folder / "images_best.pt")
+    labels = torch.load(folder / "labels_best.pt")
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert torch.equal(images, condensed.images)
+    step_on(images, labels.long())
+    assert float(torch.load(folder / "lr_best.pt")) == 0.02
+
+
+def test_the_readers_of_soft_labels_read_mtt(tmp_path: Path) -> None:
+    """DATM and its like: one row of scores an image, and a rate for ``float``."""
+    scores = torch.randn(6, 3)
+    folder, _ = exported(tmp_path, "mtt", soft_labels=scores, learning_rate=0.02)
+    labels = torch.load(folder / "labels_best.pt").float()
+    assert torch.equal(labels, scores)
+    step_on(torch.load(folder / "images_best.pt"), labels.softmax(1))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_dd_ranking_reads_mtt(tmp_path: Path, soft: bool) -> None:
+    """Hard labels it numbers by itself, class by class, from the images a class."""
+    fields = {"soft_labels": torch.randn(6, 3)} if soft else {}
+    folder, condensed = exported(tmp_path, "mtt", learning_rate=0.02, **fields)
+    images = torch.load(folder / "images_best.pt", map_location="cpu")
+    assert torch.equal(images, condensed.images)
+    labels = torch.load(folder / "labels_best.pt", map_location="cpu")
+    if not soft:
+        ipc = len(images) // condensed.classes
+        assert labels.tolist() == [label for label in range(condensed.classes) for _ in range(ipc)]
+    step_on(images, labels.softmax(1) if soft else labels)
+    # What it publishes itself is named without "best".
+    for kind in ("images", "labels", "lr"):
+        (folder / f"{kind}_best.pt").rename(folder / f"{kind}.pt")
+    back = SyntheticSet.load(folder)
+    assert torch.equal(back.images, condensed.images)
+    assert same_tensor(back.soft_labels, condensed.soft_labels)
+    assert back.learning_rate == 0.02
+
+
+def test_dd_ranking_itself_takes_mtt(tmp_path: Path) -> None:
+    utils = pytest.importorskip("ddranking.utils", reason="ddranking does not import here")
+    folder, condensed = exported(tmp_path, "mtt")
+    dataset = utils.TensorDataset(
+        *(torch.load(folder / f"{kind}_best.pt") for kind in ("images", "labels"))
+    )
+    assert len(dataset) == len(condensed.images)
+    image, label = dataset[3]
+    assert torch.equal(image, condensed.images[3])
+    assert int(label) == 1
+
+
+def test_idc_and_ncfm_read_idc(tmp_path: Path) -> None:
+    """In [0, 1]: they normalise by themselves."""
+    path, condensed = exported(tmp_path, "idc")
+    content = torch.load(path)
+    assert isinstance(content, list)
+    images, labels = content
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert (images.min(), images.max()) == (0, 1)
+    torch.testing.assert_close(images, condensed.unit_images().clamp(0, 1), rtol=0, atol=0)
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
+    step_on((images - mean) / std, labels)
 
 
 class Malicious:
