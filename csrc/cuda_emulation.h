@@ -3,7 +3,7 @@
 // its own; fibers run one at a time and change only in barriers and warp operations, in an order
 // that can be chosen: forward, reverse, or shuffled by a seed. So a result that depends on the
 // order of threads shows as one, and the sanitizers see ordinary C++: AddressSanitizer every access
-// (shared arrays are heap blocks of their own size, filled anew for each block with bytes that make
+// (shared memory is heap blocks of their own size, filled anew for each block with bytes that make
 // a NaN), UndefinedBehaviorSanitizer misaligned vector loads, ThreadSanitizer accesses that no
 // barrier orders (fibers are told to it as threads, ordered by nothing else).
 //
@@ -91,6 +91,13 @@ inline void release([[maybe_unused]] void* what) {
 constexpr size_t kStackBytes = size_t{256} << 10;
 constexpr unsigned kWarpSize = 32;
 
+// A copy to shared memory that is under way, of the group that is open or one that is committed.
+struct Copy {
+  char* to;
+  const char* from;
+  unsigned group;
+};
+
 struct Fiber {
 #if defined(DMFAST_EMULATION_ASSEMBLY)
   void* stack_pointer = nullptr;
@@ -104,10 +111,17 @@ struct Fiber {
   unsigned lane = 0, warp = 0;
   bool done = true;
   const void* waits_for = nullptr;  // a barrier; null: can run
+  std::vector<Copy> copies;
+  unsigned groups = 0;  // of copies that are committed
+};
+
+// What a lane leaves for the others: as much as its parts of two matrices.
+struct Slot {
+  uint64_t word[3];
 };
 
 struct Warp {
-  uint64_t slot[2][kWarpSize];  // two, so that the next exchange can begin before all have read
+  Slot slot[2][kWarpSize];  // two, so that the next exchange can begin before all have read
   unsigned phase = 0, mask = 0, arrived = 0;
 };
 
@@ -122,6 +136,8 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<SharedArray> shared;
+  unsigned dynamic_bytes = 0;  // of shared memory, by the launch
+  char* dynamic = nullptr;
   unsigned live = 0, arrived = 0, phase = 0;
   int barrier_line = 0;
   char meeting[2];  // what ThreadSanitizer sees the threads meet at: two, as for a warp's slots
@@ -134,6 +150,7 @@ struct Block {
 
 inline Block block;
 inline unsigned thread_order = 0;  // 0 forward, 1 reverse, above that the seed of a shuffle
+inline int multiprocessor_shared = 228 << 10;  // bytes that blocks of a multiprocessor share
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "cuda_emulation: %s (block %u,%u,%u)\n", what, block.index.x, block.index.y,
@@ -204,6 +221,7 @@ DMFAST_NO_TSAN inline void run_thread() {
   (*block.body)();
   release(&block.live);
   Quiet quiet;
+  if (!block.current->copies.empty()) fail("a thread returned before its copies had landed");
   block.current->done = true;
   --block.live;
   if (block.arrived) fail("a thread returned while others wait in __syncthreads");
@@ -250,7 +268,7 @@ inline void barrier(int line) {
 }
 
 // All lanes of the mask meet; each leaves a value, and reads what the others left.
-inline const uint64_t* exchange(unsigned mask, uint64_t value) {
+inline const Slot* exchange(unsigned mask, const Slot& value) {
   Quiet quiet;
   const Fiber& fiber = *block.current;
   Warp& warp = block.warps[fiber.warp];
@@ -273,10 +291,10 @@ inline const uint64_t* exchange(unsigned mask, uint64_t value) {
 
 template <typename T>
 T shuffle(unsigned mask, T value, unsigned from) {
-  static_assert(sizeof(T) <= 8, "one slot a lane");
-  uint64_t bits = 0;
+  static_assert(sizeof(T) <= sizeof(Slot), "one slot a lane");
+  Slot bits{};
   std::memcpy(&bits, &value, sizeof value);
-  const uint64_t* slots = exchange(mask, bits);
+  const Slot* slots = exchange(mask, bits);
   Quiet quiet;
   if (!(mask >> from & 1)) fail("shuffle: the source lane is not in the mask");
   T result;
@@ -296,6 +314,39 @@ inline void* shared_array(const void* place, size_t bytes) {
   return data;
 }
 
+// Sixteen bytes to shared memory. What is there is lost when the copy is asked for and comes when
+// the thread waits: a GPU may be as early and as late.
+inline void copy_async(void* to, const void* from) {
+  for (const void* address : {static_cast<const void*>(to), from}) {
+    if (reinterpret_cast<uintptr_t>(address) % 16) fail("an asynchronous copy is misaligned");
+  }
+  // A copy, for ThreadSanitizer does not see a memset of so few bytes.
+  const uint64_t lost[2] = {~uint64_t{0}, ~uint64_t{0}};
+  std::memcpy(to, lost, sizeof lost);
+  Quiet quiet;
+  Fiber& fiber = *block.current;
+  fiber.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), fiber.groups});
+}
+
+inline void commit_copies() {
+  Quiet quiet;
+  ++block.current->groups;
+}
+
+// Until all groups but the last so many have landed; copies that no group holds stay under way.
+inline void wait_for_copies(unsigned left) {
+  std::vector<Copy> landed;
+  {
+    Quiet quiet;
+    Fiber& fiber = *block.current;
+    const auto is_early = [&](const Copy& copy) { return copy.group + left < fiber.groups; };
+    const auto end = std::find_if_not(fiber.copies.begin(), fiber.copies.end(), is_early);
+    landed.assign(fiber.copies.begin(), end);
+    fiber.copies.erase(fiber.copies.begin(), end);
+  }
+  for (const Copy& copy : landed) std::memcpy(copy.to, copy.from, 16);
+}
+
 inline std::vector<unsigned> order_of(unsigned threads) {
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
@@ -312,6 +363,7 @@ inline void start(Fiber& fiber, unsigned number) {
   const dim3 size = block.size;
   fiber.done = false;
   fiber.waits_for = nullptr;
+  fiber.groups = 0;
   fiber.lane = number % kWarpSize;
   fiber.warp = number / kWarpSize;
   fiber.thread = dim3(number % size.x, number / size.x % size.y, number / (size.x * size.y));
@@ -345,6 +397,8 @@ inline void run_block(dim3 index, const std::function<void()>& body) {
   block.arrived = 0;
   if (block.fibers.size() < threads) block.fibers.resize(threads);
   block.warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp{});
+  block.dynamic = new char[block.dynamic_bytes];
+  std::memset(block.dynamic, 0xFF, block.dynamic_bytes);
 #if defined(__SANITIZE_THREAD__)
   block.main.tsan = __tsan_get_current_fiber();
 #endif
@@ -362,17 +416,20 @@ inline void run_block(dim3 index, const std::function<void()>& body) {
     if (!moved) fail("deadlock: some threads never reach what the others wait for");
   }
   acquire(&block.live);
+  delete[] block.dynamic;
   for (const SharedArray& array : block.shared) delete[] array.data;
   block.shared.clear();
 }
 
 // Gives the error code of a launch, as cudaGetLastError() does after one.
 template <typename Body>
-int launch(dim3 grid, dim3 size, const Body& body) {
+int launch(dim3 grid, dim3 size, int shared_bytes, const Body& body) {
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
   const bool fits = grid.x >= 1 && grid.x <= INT32_MAX && grid.y >= 1 && grid.y <= 65535 &&
                     grid.z >= 1 && grid.z <= 65535;
-  if (threads < 1 || threads > 1024 || !fits) return 9;  // cudaErrorInvalidConfiguration
+  if (threads < 1 || threads > 1024 || !fits) return 9;       // cudaErrorInvalidConfiguration
+  if (shared_bytes > multiprocessor_shared - 1024) return 1;  // cudaErrorInvalidValue
+  block.dynamic_bytes = static_cast<unsigned>(shared_bytes);
   block.grid = grid;
   block.size = size;
   const std::function<void()> function(body);
@@ -396,13 +453,31 @@ int launch(dim3 grid, dim3 size, const Body& body) {
   type* const name =                     \
       static_cast<type*>(::dmfast::emulation::shared_array(&name##_place, sizeof(type) * (count)))
 
+#define DMFAST_SHARED_BYTES(name) char* const name = ::dmfast::emulation::block.dynamic
+
+#define DMFAST_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  (static_cast<void>(stream),                                         \
+   ::dmfast::emulation::launch((grid), (block), (bytes), [=] { kernel(__VA_ARGS__); }))
+
 #define DMFAST_LAUNCH(kernel, grid, block, stream, ...) \
-  (static_cast<void>(stream),                           \
-   ::dmfast::emulation::launch((grid), (block), [=] { kernel(__VA_ARGS__); }))
+  DMFAST_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
+
+namespace dmfast {
+
+inline int multiprocessor_shared_bytes() { return emulation::multiprocessor_shared; }
+
+inline int block_shared_bytes() { return emulation::multiprocessor_shared - 1024; }
+
+template <auto kKernel>
+int allow_shared_bytes() {
+  return 0;
+}
+
+}  // namespace dmfast
 
 inline void __syncthreads(int line = __builtin_LINE()) { dmfast::emulation::barrier(line); }
 
-inline void __syncwarp(unsigned mask = 0xFFFFFFFF) { dmfast::emulation::exchange(mask, 0); }
+inline void __syncwarp(unsigned mask = 0xFFFFFFFF) { dmfast::emulation::exchange(mask, {}); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, unsigned from) {

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "norm_pool_cpu.h"
+#include "norm_pool_cuda.h"
 #include "stable_compat.h"
 
 namespace dmfast {
@@ -17,7 +18,7 @@ namespace {
 using torch::headeronly::MemoryFormat;
 
 // About 16,000 elements are worth waking a thread for.
-int64_t grain(const NormPoolSize& size) { return 16384 / size.elements_of_a_task() + 1; }
+int64_t grain(const NormPoolSize& size) { return 16384 / norm_pool_elements_of_a_task(size) + 1; }
 
 ScalarType accumulation_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -72,6 +73,9 @@ Call checked_call(const char* op, const Tensor& x, const std::optional<Tensor>& 
         bias ? shape(*bias) : "");
   check(networks > 0 && x.size(0) % networks == 0, op, ": the ", x.size(0),
         " images of x must divide evenly into the ", networks, " networks");
+  check(x.is_cpu() || (x.size(1) < kNormPoolLargestSide && x.size(2) < kNormPoolLargestSide &&
+                       x.size(3) < kNormPoolLargestSide),
+        op, ": sides and channels of x must be below 2^30 on a GPU");
   const NormPoolSize size{x.size(0), x.size(1), x.size(2), x.size(3), networks, channels_last};
   call.loops = {size, dtype, weights, biases, nullptr};
   return call;
@@ -91,11 +95,44 @@ std::tuple<Tensor, Tensor> instance_norm_relu_pool(const Tensor& x, std::optiona
   call.loops.statistics = statistics.mutable_data_ptr();
   const void* from = call.x.const_data_ptr();
   void* to = out.mutable_data_ptr();
-  torch::stable::parallel_for(0, size.tasks(), grain(size), [&](int64_t begin, int64_t end) {
-    norm_pool_range(call.loops, from, eps, to, begin, end);
-  });
+#ifdef DMFAST_CUDA
+  if (!x.is_cpu()) {
+    launch_on(op, x,
+              [&](void* stream) { return norm_pool_launch(call.loops, from, eps, to, stream); });
+    return {out, statistics};
+  }
+#endif
+  torch::stable::parallel_for(
+      0, norm_pool_tasks(size), grain(size),
+      [&](int64_t begin, int64_t end) { norm_pool_range(call.loops, from, eps, to, begin, end); });
   return {out, statistics};
 }
+
+// The pointers of a backward; null: not wanted, or without elements.
+struct Backward {
+  const NormPool& call;
+  const void *of_out = nullptr, *x = nullptr;
+  void *of_x = nullptr, *sums = nullptr, *of_weight = nullptr, *of_bias = nullptr;
+
+  void run() const {
+    const NormPoolSize& size = call.size;
+    if (x) {
+      torch::stable::parallel_for(
+          0, norm_pool_tasks(size), grain(size), [&](int64_t begin, int64_t end) {
+            norm_pool_backward_range(call, of_out, x, of_x, sums, begin, end);
+          });
+    }
+    if (of_weight) norm_pool_parameter_gradient(call, sums, 0, of_weight);
+    if (of_bias) norm_pool_parameter_gradient(call, sums, 1, of_bias);
+  }
+#ifdef DMFAST_CUDA
+  int launch(void* stream) const {
+    const int error = x ? norm_pool_backward_launch(call, of_out, x, of_x, sums, stream) : 0;
+    if (error != 0 || !(of_weight || of_bias)) return error;
+    return norm_pool_parameter_gradient_launch(call, sums, of_weight, of_bias, stream);
+  }
+#endif
+};
 
 // gradient [N, C, H/2, W/2] -> those of x, weight and bias; what is not wanted is empty
 std::tuple<Tensor, Tensor, Tensor> instance_norm_relu_pool_backward(
@@ -122,30 +159,41 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_relu_pool_backward(
                                        x.scalar_type(), size.channels_last)
                           : torch::stable::new_empty(x, {0});
   Tensor sums = new_tensor(op, x, {size.images, 2, size.channels}, accumulation_type(x));
+  const auto new_gradient = [&](bool want, const std::optional<Tensor>& parameter) {
+    return want && parameter ? new_tensor(op, sums, sizes_of(*parameter), sums.scalar_type())
+                             : Tensor();
+  };
+  Tensor of_weight = new_gradient(wanted[1], weight), of_bias = new_gradient(wanted[2], bias);
   const Tensor kept = contiguous(op, statistics);
   call.loops.statistics = const_cast<void*>(kept.const_data_ptr());
+  Backward backward{call.loops};
+  const auto data = [](const Tensor& tensor) -> void* {
+    return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr() : nullptr;
+  };
+  backward.sums = data(sums);
+  backward.of_weight = data(of_weight);
+  backward.of_bias = data(of_bias);
+  Tensor dense;
   if (x.numel() > 0) {
-    const Tensor dense = allocated(op, sizes_of(gradient), [&] {
+    dense = allocated(op, sizes_of(gradient), [&] {
       return torch::stable::contiguous(
           gradient, size.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
     });
-    const void *of_out = dense.const_data_ptr(), *from = call.x.const_data_ptr();
-    void* to = wanted[0] ? x_gradient.mutable_data_ptr() : nullptr;
-    void* of_images = sums.mutable_data_ptr();
-    torch::stable::parallel_for(0, size.tasks(), grain(size), [&](int64_t begin, int64_t end) {
-      norm_pool_backward_range(call.loops, of_out, from, to, of_images, begin, end);
-    });
+    backward.of_out = dense.const_data_ptr();
+    backward.x = call.x.const_data_ptr();
+    backward.of_x = wanted[0] ? x_gradient.mutable_data_ptr() : nullptr;
   }
-  const auto parameter_gradient = [&](int which, const std::optional<Tensor>& parameter) {
-    if (!wanted[which + 1] || !parameter) return torch::stable::new_empty(x, {0});
-    Tensor result = new_tensor(op, sums, sizes_of(*parameter), sums.scalar_type());
-    if (result.numel() > 0) {
-      norm_pool_parameter_gradient(call.loops, sums.const_data_ptr(), which,
-                                   result.mutable_data_ptr());
-    }
-    return torch::stable::to(result, parameter->scalar_type());
+#ifdef DMFAST_CUDA
+  if (!x.is_cpu()) {
+    launch_on(op, x, [&](void* stream) { return backward.launch(stream); });
+  }
+#endif
+  if (x.is_cpu()) backward.run();
+  const auto in_its_type = [&](const Tensor& tensor, const std::optional<Tensor>& parameter) {
+    return tensor.defined() ? torch::stable::to(tensor, parameter->scalar_type())
+                            : torch::stable::new_empty(x, {0});
   };
-  return {x_gradient, parameter_gradient(0, weight), parameter_gradient(1, bias)};
+  return {x_gradient, in_its_type(of_weight, weight), in_its_type(of_bias, bias)};
 }
 
 }  // namespace
@@ -155,3 +203,10 @@ STABLE_TORCH_LIBRARY_IMPL(dmfast, CPU, m) {
   m.impl("instance_norm_relu_pool", TORCH_BOX(&dmfast::instance_norm_relu_pool));
   m.impl("_instance_norm_relu_pool_backward", TORCH_BOX(&dmfast::instance_norm_relu_pool_backward));
 }
+
+#ifdef DMFAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(dmfast, CUDA, m) {
+  m.impl("instance_norm_relu_pool", TORCH_BOX(&dmfast::instance_norm_relu_pool));
+  m.impl("_instance_norm_relu_pool_backward", TORCH_BOX(&dmfast::instance_norm_relu_pool_backward));
+}
+#endif

@@ -377,12 +377,12 @@ void parameter_gradient(const NormPoolSize& size, const acc_t* sums, acc_t* to) 
 
 }  // namespace
 
-int64_t NormPoolSize::tasks() const {
-  return images * (channels_last ? channel_runs(channels) : channels);
+int64_t norm_pool_tasks(const NormPoolSize& size) {
+  return size.images * (size.channels_last ? channel_runs(size.channels) : size.channels);
 }
 
-int64_t NormPoolSize::elements_of_a_task() const {
-  return pixels() * (channels_last ? std::min(channels, kChannelsAtOnce) : 1);
+int64_t norm_pool_elements_of_a_task(const NormPoolSize& size) {
+  return size.pixels() * (size.channels_last ? std::min(size.channels, kChannelsAtOnce) : 1);
 }
 
 #define DMFAST_NORM_POOL_OF(T)                                                                  \

@@ -4,31 +4,13 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "norm_pool_call.h"
 
 namespace dmfast {
 
-// Images [images, channels, height, width], in planes (NCHW) or, channels_last, in pixels. Work is
-// split into tasks: a plane, or a run of the channels of an image.
-struct NormPoolSize {
-  int64_t images, channels, height, width;
-  int64_t networks;  // the images are split evenly over the networks
-  bool channels_last;
-
-  int64_t pixels() const { return height * width; }
-  int64_t pooled() const { return (height / 2) * (width / 2); }
-  int64_t tasks() const;
-  int64_t elements_of_a_task() const;
-};
-
-// All but x, out and their gradients are in the accumulation type.
-struct NormPool {
-  NormPoolSize size;
-  DType dtype;         // of x, out and their gradients
-  const void* weight;  // [networks, channels], or null: 1
-  const void* bias;    // [networks, channels], or null: 0
-  void* statistics;    // [images, 2, channels]: mean, 1 / sqrt(variance + eps)
-};
+// Work is split into tasks: a plane, or a run of the channels of an image.
+int64_t norm_pool_tasks(const NormPoolSize& size);
+int64_t norm_pool_elements_of_a_task(const NormPoolSize& size);
 
 // Tasks begin <= t < end: x to out, and the statistics.
 void norm_pool_range(const NormPool& call, const void* x, double eps, void* out, int64_t begin,

@@ -36,6 +36,18 @@ STABLE_TORCH_LIBRARY(dmfast, m) {
       "_conv_norm_relu_pool_backward(Tensor gradient, Tensor x, Tensor conv_weight, "
       "Tensor? weight, Tensor? bias, Tensor z, Tensor statistics, int padding, bool bfloat16, "
       "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  // On a GPU; x is bfloat16, the parameters float32, packed what the third makes of conv_weight.
+  m.def(
+      "_fused_block(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor? packed, "
+      "float eps, int padding, bool wgmma) -> (Tensor, Tensor)");
+  m.def(
+      "_fused_block_backward(Tensor gradient, Tensor x, Tensor conv_weight, Tensor? weight, "
+      "Tensor? bias, Tensor statistics, int padding, bool[] wanted) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("_fused_block_pack(Tensor conv_weight, int height, int width, int padding) -> Tensor");
+  m.def(
+      "_fused_block_takes(int channels, int filters, int height, int width, int padding, "
+      "bool backward, int device) -> bool");
   m.def(
       "convnet_class_mean(Tensor images, Tensor index, Tensor offsets, Tensor params, Tensor mean, "
       "Tensor std, Tensor[] weights, int padding, float eps, bool bfloat16) -> Tensor");

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The blocks of a ConvNet as operators: per operator its wrapper, its fake and its autograd.
+"""The blocks of a ConvNet as operators: per operator its wrapper, its fake and its autograd (on a
+GPU: ``_gpu_blocks.py``).
 
 Where the fused kernels do not apply, torch's own layers are composed: slower, any dtype and shape,
 differentiable any number of times. Which way is taken follows from dtypes, shapes and the device
@@ -16,11 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _load
+from ._gpu_blocks import gpu_block, gpu_way
 from ._operators import (
     accumulation_dtype,
+    channels_last_like,
     images_format,
     like_images,
+    only,
     without_autocast,
 )
 from ._operators import operators as _ops
@@ -68,7 +72,7 @@ def instance_norm_relu_pool(
     _checks.tensors(op, {"x": x}, {"weight": weight, "bias": bias})
     eps = check_eps(op, eps)
     _check_norm(op, x, weight, bias)
-    if x.device.type != "cpu":
+    if x.device.type not in ("cpu", "cuda"):
         try:
             with without_autocast(x):
                 pooled = _norm_relu_pool_layers(x, weight, bias, eps)
@@ -150,11 +154,7 @@ def _norm_backward(ctx: Any, gradient: Tensor, _: Tensor) -> Gradients:
     gradients = _ops._instance_norm_relu_pool_backward(
         gradient, x, weight, bias, statistics, ctx.eps, wanted
     )
-    return *_only(gradients, wanted), None
-
-
-def _only(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
-    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
+    return *only(gradients, wanted), None
 
 
 def _norm_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -231,20 +231,25 @@ def conv_norm_relu_pool(
         eps: what is added to the variance, 0 or more.
         padding: of the convolution, in pixels of zeros on each side, at most 2**20. H and W must be
             at least 1, and plus twice the padding at least 4.
-        precision: ``float32``: products of 128 channels and the like by Winograd F(4x4, 3x3), whose
-            result has an rms error of at most ten times plain torch's own in float32.
-            ``bfloat16``: their operands are also rounded to bfloat16, sums stay float32.
-            ``direct``: torch's own layers in the dtype of ``x``. None: ``bfloat16`` for bfloat16,
-            else ``float32``.
+        precision: ``float32``: on a CPU products of 128 channels and the like by Winograd
+            F(4x4, 3x3), whose result has an rms error of at most ten times plain torch's own in
+            float32; on a GPU torch's convolution, with TF32 where ``torch.backends`` allows it.
+            ``bfloat16``: the operands of products are also rounded to bfloat16, sums stay float32;
+            on a GPU what the convolution gives, and the result, are rounded too. ``direct``:
+            torch's own layers in the dtype of ``x``. None: ``bfloat16`` for bfloat16, else
+            ``float32``.
 
     Returns:
         [N, K, H' // 2, W' // 2] with H' = H + 2 padding - 2 and W' alike, dtype of ``x``,
         channels_last. Differentiable in ``x``, ``conv_weight``, ``weight`` and ``bias``: once, or
         with ``direct`` any number of times.
 
-        ``direct`` is also what is done for float64, for tensors on a GPU, for a padding above 8,
-        where C is neither at most 4 nor a multiple of 16, where K is no multiple of 16, and
-        everywhere where the environment variable ``DMFAST_CPU`` says ``direct``.
+        ``direct`` is also what is done for float64; on a CPU for a padding above 8, where C is
+        neither at most 4 nor a multiple of 16, where K is no multiple of 16, and everywhere where
+        the environment variable ``DMFAST_CPU`` says ``direct``; on a GPU where ``DMFAST_GPU`` says
+        ``torch``. Its other values there: ``cudnn`` (the default), torch's convolution and
+        :func:`instance_norm_relu_pool`; ``fused``, one kernel for what it takes in bfloat16, and
+        ``wgmma``, its form for sm_90a.
 
     Raises:
         RuntimeError: the precision is unknown, a shape, dtype or device is wrong, or the images do
@@ -258,15 +263,18 @@ def conv_norm_relu_pool(
     check_precision(op, precision)
     eps, padding = check_eps(op, eps), check_padding(op, padding)
     _check_block(op, x, conv_weight, weight, bias, padding)
-    if not is_fused([conv_weight], padding, precision, x.dtype):
+    fused = is_fused([conv_weight], padding, precision, x.dtype)
+    bfloat16 = (precision or str(x.dtype)) in ("bfloat16", "torch.bfloat16")
+    if not fused or x.device.type != "cpu":
         try:
             with without_autocast(x):
-                return block_layers(x, conv_weight, weight, bias, eps, padding)
+                if not fused:
+                    return block_layers(x, conv_weight, weight, bias, eps, padding)
+                return _block_on_gpu(x, conv_weight, weight, bias, eps, padding, bfloat16)
         except RuntimeError as error:
             raise _checks.of_layers(op, error) from error
     tensors = (x, conv_weight, weight, bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    bfloat16 = (precision or str(x.dtype)) in ("bfloat16", "torch.bfloat16")
     try:
         operands = [None if t is None else t.float() for t in tensors]
     except RuntimeError as error:
@@ -294,17 +302,36 @@ def block_layers(
     return out.contiguous(memory_format=torch.channels_last)
 
 
+def _block_on_gpu(
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    padding: int,
+    bfloat16: bool,
+) -> Tensor:
+    """The operator in the dtype of its products, from and to that of x."""
+    images = x.to(torch.bfloat16 if bfloat16 else torch.float32)
+    return gpu_block(images, conv_weight, weight, bias, eps, padding).to(x.dtype)
+
+
 def is_fused(
     conv_weights: Sequence[Tensor], padding: int, precision: str | None, dtype: torch.dtype
 ) -> bool:
-    """Whether the fused kernels take blocks of these weights, on images of that dtype."""
-    if precision == "direct" or dtype == torch.float64 or padding > _LARGEST_PADDING:
+    """Whether blocks of these weights, on images of that dtype, go by more than torch's layers."""
+    if precision == "direct" or dtype == torch.float64:
+        return False
+    device = conv_weights[0].device.type
+    if device != "cpu":
+        return device == "cuda" and _load.has_cuda_operators() and gpu_way() != "torch"
+    if padding > _LARGEST_PADDING:
         return False
     for conv_weight in conv_weights:
         filters, channels = conv_weight.shape[-4:-2]
         if filters % 16 or (channels > 4 and channels % 16):
             return False
-    return conv_weights[0].device.type == "cpu" and not _cpu_is_direct()
+    return not _cpu_is_direct()
 
 
 @cache
@@ -342,9 +369,9 @@ def _(
     n, channels, height, width = x.shape
     filters = conv_weight.shape[-4]
     height, width = height + 2 * padding - 2, width + 2 * padding - 2
-    out = _channels_last(x, (n, filters, height // 2, width // 2))
+    out = channels_last_like(x, (n, filters, height // 2, width // 2))
     kept = keep and channels > 4
-    z = _channels_last(x, (n, filters, height, width)) if kept else x.new_empty(0)
+    z = channels_last_like(x, (n, filters, height, width)) if kept else x.new_empty(0)
     return out, z, x.new_empty((n, 2, filters))
 
 
@@ -361,16 +388,10 @@ def _(
     bfloat16: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_x = _channels_last(x, x.shape) if wanted[0] else x.new_empty(0)
+    of_x = channels_last_like(x, x.shape) if wanted[0] else x.new_empty(0)
     parameters = zip((conv_weight, weight, bias), wanted[1:], strict=True)
     of_conv, of_weight, of_bias = (_like_parameter(p, want, x) for p, want in parameters)
     return of_x, of_conv, of_weight, of_bias
-
-
-def _channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
 
 
 def _block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -388,7 +409,7 @@ def _block_backward(ctx: Any, gradient: Tensor | None, *rest: Tensor | None) -> 
     gradients = _ops._conv_norm_relu_pool_backward(
         gradient, *ctx.saved_tensors, ctx.padding, ctx.bfloat16, wanted
     )
-    return *_only(gradients, wanted), None, None, None, None
+    return *only(gradients, wanted), None, None, None, None
 
 
 def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._blocks import block_layers, check_eps, check_padding, check_precision, is_fused
+from ._gpu_blocks import gpu_block, is_whole, packed_weights
 from ._operators import no_gradient, without_autocast
 from ._operators import operators as _ops
 from .augment import Column
@@ -18,6 +19,11 @@ from .augment import Column
 # Torch's layers are given so many images at once that the largest output of a convolution has at
 # most so many elements: 256 images of CIFAR-10 at 128 channels.
 _ELEMENTS_OF_A_SLICE = 2**25
+# On a GPU the largest that a slice writes is to be read again while it is in the second-level
+# cache: 32 MiB, of the 50 MB of an H100. Not measured yet.
+_BYTES_OF_A_SLICE = 2**25
+# Elements that are gathered at once there; more would only take memory.
+_ELEMENTS_GATHERED = 2**26
 
 
 def convnet_class_mean(
@@ -37,7 +43,7 @@ def convnet_class_mean(
 
     Picks images, normalises and augments them, passes them through the blocks of a ConvNet and
     takes the mean of each group: the first of the two means of equation 5 for every class, in one
-    call that keeps no activations.
+    call that keeps no activations (on a GPU the embeddings only, until their means are taken).
 
     Args:
         images: [M, H, W, C], uint8 (scaled to [0, 1]) or float32, as in :func:`gather_augment`.
@@ -52,7 +58,7 @@ def convnet_class_mean(
         eps: what the norms add to variances, 0 or more.
         precision: ``float32`` (None too), ``bfloat16`` or ``direct``, as in
             :func:`conv_norm_relu_pool`; ``direct`` is also what is done where that says so for any
-            of the blocks.
+            of the blocks. On a GPU ``bfloat16`` is also what passes from block to block.
 
     Returns:
         [G, D] float32: the means, accumulated in float32 in a fixed order, of the last block's
@@ -84,14 +90,20 @@ def convnet_class_mean(
     _check_weights(op, images, weights, padding)
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(op, images, index, offsets, params)
-    if is_fused(weights[::3], padding, precision, torch.float32):
-        bfloat16 = precision == "bfloat16"
+    bfloat16 = precision == "bfloat16"
+    fused = is_fused(weights[::3], padding, precision, torch.float32)
+    if fused and images.device.type == "cpu":
         means: Tensor = _ops.convnet_class_mean(
             images, index, offsets, params, mean, std, weights, padding, eps, bfloat16
         )
         return means
     try:
         with torch.no_grad(), without_autocast(images):
+            if fused:
+                dtype = torch.bfloat16 if bfloat16 else torch.float32
+                return _on_gpu(
+                    images, index, offsets, params, mean, std, weights, padding, eps, dtype
+                )
             return _in_layers(images, index, offsets, params, mean, std, weights, padding, eps)
     except RuntimeError as error:
         raise _checks.of_layers(op, error) from error
@@ -129,6 +141,70 @@ def _in_layers(
             x = block_layers(x, conv_weight, weight, bias, eps, 1 if block else padding)
         means += _ops._class_mean(x.flatten(1), groups, part) * (part.diff()[:, None] / counts)
     return means
+
+
+def _on_gpu(
+    images: Tensor,
+    index: Tensor,
+    offsets: Tensor,
+    params: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    weights: Sequence[Tensor],
+    padding: int,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The operator with blocks in that dtype, in slices; the embeddings of all are kept.
+
+    A function of tensors of any device that has the operators.
+    """
+    groups, rows = len(offsets) - 1, len(index)
+    sides = _sides(images, len(weights) // 3, padding)
+    if rows == 0:
+        return images.new_zeros((groups, _features(weights, sides)), dtype=torch.float32)
+    per_slice, at_once = 0, max(1, _ELEMENTS_GATHERED // images.shape[1:].numel())
+    blocks: list[tuple[tuple[Tensor, Tensor, Tensor], int, Tensor | None]] = []
+    embeddings: list[Tensor] = []
+    for first in range(0, rows, at_once):
+        count = min(at_once, rows - first)
+        # The groups as these images see them; those outside of them are empty.
+        part = offsets if count == rows else (offsets - first).clamp(0, count)
+        chosen = index[first : first + count]
+        x = _ops.gather_augment(images, chosen, params, mean, std, dtype, part)
+        if not blocks:
+            blocks, per_slice = _blocks_on_gpu(x, weights, sides, padding)
+        for slice_ in x.split(per_slice):
+            for block, block_padding, packed in blocks:
+                slice_ = gpu_block(slice_, *block, eps, block_padding, packed)
+            embeddings.append(slice_.permute(0, 2, 3, 1).flatten(1))
+    means: Tensor = _ops._class_mean(torch.cat(embeddings), groups, offsets)
+    height, width = sides[-1]
+    # From channels_last to the order of an embedding.
+    return means.view(groups, height // 2, width // 2, -1).permute(0, 3, 1, 2).flatten(1)
+
+
+def _blocks_on_gpu(
+    x: Tensor, weights: Sequence[Tensor], sides: Sequence[tuple[int, int]], padding: int
+) -> tuple[list[tuple[tuple[Tensor, Tensor, Tensor], int, Tensor | None]], int]:
+    """The weights of each block in the dtype of x, with its padding and, where it is one kernel,
+    what that reads of them; and how many images a slice takes."""
+    blocks: list[tuple[tuple[Tensor, Tensor, Tensor], int, Tensor | None]] = []
+    largest = 1
+    like = x[:0]
+    for block, (height, width) in enumerate(sides):
+        conv_weight, weight, bias = weights[3 * block : 3 * block + 3]
+        of_block = 1 if block else padding
+        filters, packed, written = len(conv_weight), None, height * width
+        if is_whole(like, conv_weight, of_block, x.dtype, backward=False):
+            packed = packed_weights(like, conv_weight, of_block)
+            written //= 4
+        else:
+            conv_weight = conv_weight.to(x.dtype, memory_format=torch.channels_last)
+        blocks.append(((conv_weight, weight, bias), of_block, packed))
+        largest = max(largest, filters * written * x.element_size())
+        like = x.new_empty((0, filters, height // 2, width // 2))
+    return blocks, max(1, _BYTES_OF_A_SLICE // largest)
 
 
 def _sides(images: Tensor, blocks: int, padding: int) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,6 +28,16 @@ def images_format(x: Tensor) -> torch.memory_format:
 
 def like_images(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=images_format(x))
+
+
+def channels_last_like(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def only(gradients: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

@@ -60,11 +60,12 @@ class ConvNet(Network):
     :func:`get_network`). Images of one channel are padded by 3 in the first convolution, so that
     28x28 becomes 32x32; odd sides lose a row or column in pooling.
 
-    Where the kernels of :func:`dmfast.ops.conv_norm_relu_pool` take its blocks, which is on a CPU
-    and with norm IN, activation R and pool AP, ``embed`` goes by them. There is no second
-    derivative then; ``fused`` set to False has it go by torch's own layers, as do layers that were
-    replaced or hooked, forward mode and ``torch.func``. Under autocast to bfloat16 the products
-    are of bfloat16; the embedding keeps the dtype of the images.
+    Where :func:`dmfast.ops.conv_norm_relu_pool` takes its blocks, which is with norm IN, activation
+    R and pool AP, ``embed`` goes by it. There is no second derivative then; ``fused`` set to False
+    has it go by torch's own layers, as do layers that were replaced or hooked, forward mode and
+    ``torch.func``, and on a GPU ``DMFAST_GPU=torch``. Under autocast to bfloat16 the products are
+    of bfloat16, and on a GPU what passes from block to block; the embedding keeps the dtype of the
+    images.
 
     Attributes:
         fused: whether ``embed`` may go by the fused blocks.
@@ -125,20 +126,22 @@ class ConvNet(Network):
         blocks = self.fused_blocks(x.device, x.dtype)
         if blocks is None:
             return super().embed(x)
-        precision = None
-        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+        device, dtype, precision = x.device.type, x.dtype, None
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
             precision = "bfloat16"
+            if device != "cpu":
+                x = x.to(torch.bfloat16)
         for block in blocks:
             x = ops.conv_norm_relu_pool(
                 x, *block.weights, block.eps, block.padding, precision=precision
             )
-        return x.flatten(1)
+        return x.flatten(1).to(dtype)
 
     def fused_blocks(
         self, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> list[FusedBlock] | None:
         """The blocks, or None where images of that dtype and device go by torch's own layers."""
-        if not (self.fused and device.type == "cpu") or _is_transformed():
+        if not self.fused or _is_transformed():
             return None
         blocks = _blocks(self.features)
         if blocks is None:

@@ -137,6 +137,9 @@ def test_those_forgotten_most_are_chosen_and_equals_in_a_seeded_order(
         drawn = coreset.draw_random(small, 3, seed, 0)
         assert torch.equal(most_forgotten(small, forgotten, 3, seed)[3:], drawn[3:])
     assert not torch.equal(most_forgotten(small, forgotten, 3, 1)[3:], tied)
+    all_equal = torch.zeros(len(digits.train_labels))
+    drawn = coreset.draw_random(digits, 100, 5, 0)
+    assert torch.equal(most_forgotten(digits, all_equal, 100, 5), drawn)
 
 
 def test_the_network_is_trained_as_an_evaluated_one_and_watched(

@@ -14,10 +14,24 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, COLOR, ROTATE, SCALE, TABLES, Case, rows
-from emulated import CODES, CSRC, Call, Made, Tape, build, build_with_bug, images, made_images
+from emulated import (
+    CODES,
+    CSRC,
+    PLAYER,
+    Call,
+    Made,
+    Tape,
+    build,
+    build_with_bug,
+    images,
+    made_images,
+)
+from test_norm_pool import away_from_zero
+from test_norm_pool import inputs as norm_inputs
 from torch import Tensor
 
 from dmfast import ops
+from dmfast._operators import images_format
 from dmfast.augment import STRENGTH, WORDS
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -150,6 +164,66 @@ def class_mean_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
                 yield Call("class_mean_backward", words, [gradient])
 
 
+#: Shape, layout and networks. In channels_last threads hold what is small, of several channels a
+#: load, and read what is large again; other numbers of channels are loaded one by one.
+NORMS = [
+    ((2, 32, 8, 8), "channels_last", None),
+    ((3, 40, 9, 7), "channels_last", 3),
+    ((1, 64, 32, 32), "channels_last", 1),
+    ((2, 8, 71, 34), "channels_last", 2),
+    ((4, 33, 5, 6), "channels_last", 2),
+    ((2, 3, 8, 9), "channels_last", None),
+    ((2, 3, 7, 8), "contiguous", 2),
+    ((1, 2, 67, 66), "contiguous", None),
+    ((40, 2, 2, 2), "contiguous", None),
+    ((5, 1, 3, 2), "contiguous", None),
+    ((2, 32, 2, 3), "channels_last", None),
+]
+
+
+def norm_calls(
+    dtypes: tuple[torch.dtype, ...], norms: list[tuple[tuple[int, ...], str, int | None]] = NORMS
+) -> Iterator[Call]:
+    for dtype in dtypes:
+        for shape, layout, networks in norms:
+            tensors = norm_inputs(shape, layout, networks)
+            x, weight, bias = (t.to(dtype) for t in tensors)
+            yield from norm_call(x, weight, bias, away_from_zero([x, weight, bias]).to(dtype))
+        x, weight, bias = (t.to(dtype) for t in norm_inputs((2, 32, 6, 6), "channels_last", None))
+        of_out = away_from_zero([x, None, bias]).to(dtype)
+        yield from norm_call(x, None, bias, of_out, "bias")
+        of_out = away_from_zero([x, None, None]).to(dtype)
+        x = shifted(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        yield from norm_call(x, None, None, of_out, "shifted")
+
+
+def norm_call(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, of_out: Tensor, name: str = ""
+) -> Iterator[Call]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parameters = [None if p is None else p.to(wide) for p in (weight, bias)]
+    out, statistics = OP.instance_norm_relu_pool(x, *parameters, 1e-5)
+    layout = images_format(x)
+    of_out = of_out.contiguous(memory_format=layout)
+    wanted = [True, *(p is not None for p in parameters)]
+    gradients = OP._instance_norm_relu_pool_backward(
+        of_out, x, *parameters, statistics, 1e-5, wanted
+    )
+    networks = next((len(p) for p in parameters if p is not None and p.dim() == 2), 1)
+    words = [CODES[x.dtype], *x.shape, networks, layout == torch.channels_last, *parameters]
+    name = f"{name} {list(x.shape)} {layout}"
+    forward = [*words, Made(statistics), x, 1e-5, Made(out)]
+    yield Call("instance_norm_relu_pool", forward, [statistics, out], name=f"norm {name}")
+    made = [Made(g) if want else None for g, want in zip(gradients, wanted, strict=True)]
+    expected = [g for g, want in zip(gradients, wanted, strict=True) if want]
+    backward = [*words, statistics, of_out, x, *made]
+    op = "instance_norm_relu_pool_backward"
+    yield Call(op, backward, expected, name=f"norm backward {name}")
+    # Only the parameters' gradients.
+    backward = [*words, statistics, of_out, x, None, *made[1:]]
+    yield Call(op, backward, expected[1:], name=f"norm backward {name}, of the parameters")
+
+
 def draw_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
     seed, step, stream = 2**62 + 12345, 2**32 - 5, 2
     for key in ([seed, step, stream, None], [seed, 0, stream, torch.tensor([step])]):
@@ -184,7 +258,7 @@ def draw_calls(dtypes: tuple[torch.dtype, ...]) -> Iterator[Call]:
 
 def all_calls(dtypes: tuple[torch.dtype, ...]) -> list[Call]:
     calls = [*augment_calls(dtypes), *gather_calls(dtypes), *class_mean_calls(dtypes)]
-    return [*calls, *draw_calls(dtypes), *hostile_calls()]
+    return [*calls, *norm_calls(dtypes), *draw_calls(dtypes), *hostile_calls()]
 
 
 @pytest.mark.parametrize("name", ["plain", "address", "thread"])
@@ -246,6 +320,21 @@ BUGS = {
         ("if (threadIdx.x == 0) {\n      plan->image", "if (threadIdx.x < 2) {\n      plan->image"),
         "data race",
     ),
+    "a row of windows too many": (
+        ("address", "norm_pool_cuda.cu", "norm_pool_cuda"),
+        ("return row < planes.rows;", "return row <= planes.rows;"),
+        "heap-buffer-overflow",
+    ),
+    "totals read too early": (
+        ("thread", "norm_pool_cuda.cu", "norm_pool_cuda"),
+        ("+ thread] = terms[t];\n  }\n  __syncthreads();", "+ thread] = terms[t];\n  }"),
+        "data race",
+    ),
+    "the wrong half kept": (
+        ("plain", "norm_pool_cuda.cu", "norm_pool_cuda"),
+        ("kept = upper ?", "kept = !upper ?"),
+        "",
+    ),
     "one row too many": (
         ("plain", "clamped_groups.h", "class_mean_cuda"),
         ("return offset < 0 ? 0 :", "return offset < 0 ? 1 :"),
@@ -262,6 +351,9 @@ def test_a_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
     if compiled == "augment_cuda":
         x = torch.randn(2, 3, 8, 8)
         tape.add(augment_call(x, TABLES["identity"], None, False, "identity"), 0)
+    elif compiled == "norm_pool_cuda":
+        for call in norm_calls((torch.float32,), NORMS[:2]):
+            tape.add(call, 0)
     else:
         # Rows that end where their block of memory does, from an address that packs may not have.
         rows_of_two = shifted(torch.randn(37, 64))
@@ -282,4 +374,5 @@ def test_a_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
 def test_the_clean_kernels_are_those_that_are_built() -> None:
     """Every .cu is played: a new one that is not would go untested."""
     objects = {path.stem for path in build("plain").parent.glob("*.o")}
-    assert objects == {"tape", *(path.stem for path in CSRC.glob("*.cu"))}
+    of_tests = {"tape", *(path.stem for path in PLAYER.glob("*.cu"))}
+    assert objects == of_tests | {path.stem for path in CSRC.glob("*.cu")}

@@ -21,9 +21,12 @@
 
 #include "augment_cuda.h"
 #include "class_mean_cuda.h"
+#include "conv_block_cuda.h"
 #include "cuda_host.h"
 #include "cuda_launch.h"
 #include "draw_cuda.h"
+#include "matrix_product.h"
+#include "norm_pool_cuda.h"
 
 namespace {
 
@@ -103,6 +106,20 @@ class Command {
     rows.groups = groups();
     return rows;
   }
+  NormPool norm_pool() {
+    NormPool call{};
+    call.dtype = static_cast<DType>(integer());
+    NormPoolSize& size = call.size;
+    for (int64_t* axis :
+         {&size.images, &size.channels, &size.height, &size.width, &size.networks}) {
+      *axis = integer();
+    }
+    size.channels_last = integer() != 0;
+    call.weight = pointer();
+    call.bias = pointer();
+    call.statistics = pointer();
+    return call;
+  }
   DeviceDraw draw() {
     DeviceDraw draw{};
     draw.draw.seed = static_cast<uint64_t>(integer());
@@ -120,6 +137,13 @@ class Command {
 std::unique_ptr<double[]> workspace(ImageSize size, const Rows& rows) {
   const int64_t count = rows.images * augment_workspace(size);
   return std::unique_ptr<double[]>(count > 0 ? new double[count] : nullptr);
+}
+
+// On the heap, of their own size.
+std::unique_ptr<char[]> pack_weights(const FusedBlock& block, const float* weights, bool turned) {
+  std::unique_ptr<char[]> packed(new char[conv_block_packed_bytes(block, turned)]);
+  if (conv_block_pack_launch(block, weights, turned, packed.get(), nullptr)) stop("packing failed");
+  return packed;
 }
 
 int call(const std::string& op, Command& words) {
@@ -142,6 +166,47 @@ int call(const std::string& op, Command& words) {
     const Rows rows = words.rows();
     return gather_augment_launch(from, count, index, {nullptr, mean, std}, to, size, rows,
                                  workspace(size, rows).get(), nullptr);
+  }
+  if (op == "fused_block" || op == "fused_block_backward") {
+    const bool backward = op == "fused_block_backward";
+    emulation::multiprocessor_shared = static_cast<int>(words.integer());
+    FusedBlock block{};
+    for (int64_t* value : {&block.images, &block.networks, &block.channels, &block.filters,
+                           &block.height, &block.width, &block.padding}) {
+      *value = words.integer();
+    }
+    block.eps = static_cast<float>(words.real());
+    const void* const x = words.pointer();
+    const float* const weights = words.pointer<float>();
+    FusedNorm norm{};
+    norm.weight = words.pointer<float>();
+    norm.weight_stride = words.integer();
+    norm.bias = words.pointer<float>();
+    norm.bias_stride = words.integer();
+    if (!conv_block_fused(block, backward)) stop("the fused kernels do not take the block");
+    const auto packed = pack_weights(block, weights, false);
+    if (!backward) {
+      void* const out = words.pointer();
+      float* const statistics = words.pointer<float>();
+      const bool wgmma = words.integer() != 0;
+      return conv_block_forward_launch(block, x, packed.get(), norm, out, statistics, wgmma,
+                                       nullptr);
+    }
+    const auto turned = pack_weights(block, weights, true);
+    FusedGradients gradients{};
+    gradients.out_gradient = words.pointer();
+    gradients.statistics = words.pointer<float>();
+    gradients.x_gradient = words.pointer();
+    gradients.conv_gradient = words.pointer();
+    gradients.norm_gradients = words.pointer<float>();
+    return conv_block_backward_launch(block, x, packed.get(), turned.get(), norm, gradients,
+                                      nullptr);
+  }
+  if (op == "matrix_product") {
+    const void* const a = words.pointer();
+    const void* const b = words.pointer();
+    const int depth = static_cast<int>(words.integer());
+    return matrix_product_launch(a, b, depth, words.pointer<float>());
   }
   if (op == "class_mean") {
     const Embeddings rows = words.embeddings();
@@ -167,6 +232,23 @@ int call(const std::string& op, Command& words) {
     const ClampedGroups groups = words.groups();
     const int64_t width = words.integer();
     return class_mean_backward_launch(gradient, dtype, groups, width, words.pointer(), nullptr);
+  }
+  if (op == "instance_norm_relu_pool") {
+    const NormPool norm = words.norm_pool();
+    const void* x = words.pointer();
+    const double eps = words.real();
+    return norm_pool_launch(norm, x, eps, words.pointer(), nullptr);
+  }
+  if (op == "instance_norm_relu_pool_backward") {
+    const NormPool norm = words.norm_pool();
+    const void *gradient = words.pointer(), *x = words.pointer();
+    void *x_gradient = words.pointer(), *of_weight = words.pointer(), *of_bias = words.pointer();
+    const int64_t bytes =
+        norm.size.images * 2 * norm.size.channels * (norm.dtype == DType::kFloat64 ? 8 : 4);
+    const std::unique_ptr<char[]> sums(new char[bytes]);
+    const int error = norm_pool_backward_launch(norm, gradient, x, x_gradient, sums.get(), nullptr);
+    if (error != 0) return error;
+    return norm_pool_parameter_gradient_launch(norm, sums.get(), of_weight, of_bias, nullptr);
   }
   if (op == "draw_augmentation") {
     const DeviceDraw draw = words.draw();
