@@ -6,7 +6,7 @@
 (:mod:`dmfast.memory`), and prints medians, ratios, and operations a second beside what the CPU can
 do between registers. The images are random: their values do not change the time. Compiling, and
 choosing the tidied baseline's fastest form, come before the first round.
-``... readme`` puts the table of ``results/iteration-cpu.json`` into the README.
+``... readme`` puts the tables of ``results/iteration-cpu*.json`` into the README.
 """
 
 from __future__ import annotations
@@ -416,8 +416,13 @@ def table(path: Path = RESULT) -> str:
 
 
 def with_table(readme: str) -> str:
-    """The README with the present table between its marks."""
-    return with_content(readme, "iteration", table())
+    """The README with the present tables, one a result, between its marks."""
+    return with_content(readme, "iteration", "\n".join(table(path) for path in results()))
+
+
+def results() -> list[Path]:
+    """The committed results of this benchmark, the usual cases first."""
+    return sorted(RESULTS.glob("iteration-cpu*.json"), key=lambda path: (path != RESULT, path))
 
 
 def main() -> None:

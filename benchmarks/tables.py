@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # where the package is built in place, it need not be installed
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 

@@ -123,7 +123,7 @@ bool thin_block_taken(const FusedBlock& block, bool backward) {
   for (const int64_t side : sides) {
     if (side < 1 || side > 128) return false;
   }
-  return block.channels >= 1 && is_thin(block) && block.padding >= 0 &&
+  return block.channels >= 1 && is_thin(block) && block.padding >= 0 && block.padding <= 8 &&
          block.conv_width() % 8 == 0 && block.conv_height() % 2 == 0 && block.filters >= 32 &&
          block.filters <= 256 && block.filters % 32 == 0 &&
          thin_block_shared_bytes(block, backward) <= block_shared_bytes();
@@ -143,6 +143,7 @@ constexpr int64_t kMost = int64_t{1} << 28;
 
 bool conv_block_fused(const FusedBlock& block, bool backward) {
   if (block.images > kMost || block.networks < 1 || block.networks > kMost) return false;
+  if (!has_tensor_cores()) return false;
   return is_thin(block) ? thin_block_taken(block, backward) : wide_block_taken(block, backward);
 }
 

@@ -82,7 +82,10 @@ Arguments checked_arguments(const char* op, const Tensor& x, const Tensor& conv_
     check_same_device(op, argument, *tensor, "x", x);
     check(tensor->numel() == block.networks * block.filters, op, ": ", argument, " must have ",
           block.networks * block.filters, " elements, got ", shape(*tensor));
-    return std::optional<Tensor>(contiguous(op, *tensor));
+    const Tensor kept = contiguous(op, *tensor);
+    if (is_aligned(kept)) return std::optional<Tensor>(kept);
+    return std::optional<Tensor>(
+        allocated(op, sizes_of(kept), [&] { return torch::stable::clone(kept); }));
   };
   return {block, readable_images(op, x), contiguous(op, conv_weight), dense("weight", weight),
           dense("bias", bias)};
@@ -91,6 +94,17 @@ Arguments checked_arguments(const char* op, const Tensor& x, const Tensor& conv_
 Tensor images_like(const char* op, const Tensor& x, const FusedBlock& block, int64_t channels,
                    int64_t height, int64_t width) {
   return new_images(op, x, {block.images, channels, height, width}, ScalarType::BFloat16, true);
+}
+
+void check_taken(const char* op, const FusedBlock& block, const Tensor& on_device, bool backward) {
+  bool taken = false;
+  launch_on(op, on_device, [&](void*) {
+    taken = conv_block_fused(block, backward);
+    return 0;
+  });
+  check(taken, op, ": the kernels do not take blocks of ", block.channels, " channels and ",
+        block.filters, " filters on images of ", block.height, "x", block.width,
+        " with a padding of ", block.padding);
 }
 
 Tensor packed_weights(const char* op, const FusedBlock& block, const Tensor& conv_weight,
@@ -115,6 +129,7 @@ bool fused_block_takes(int64_t channels, int64_t filters, int64_t height, int64_
 Tensor fused_block_pack(const Tensor& conv_weight, int64_t height, int64_t width, int64_t padding) {
   const char* op = "fused_block_pack";
   const FusedBlock block = block_of(op, conv_weight, 0, height, width, padding, 0.0);
+  check_taken(op, block, conv_weight, false);
   return packed_weights(op, block, contiguous(op, conv_weight), false);
 }
 
@@ -126,6 +141,7 @@ std::tuple<Tensor, Tensor> fused_block(const Tensor& x, const Tensor& conv_weigh
                                        bool wgmma) {
   const char* op = "fused_block";
   const Arguments arguments = checked_arguments(op, x, conv_weight, weight, bias, eps, padding);
+  check_taken(op, arguments.block, x, false);
   const FusedBlock& block = arguments.block;
   if (packed) {
     check_dtype(op, "packed", *packed, ScalarType::Byte);
@@ -155,6 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_block_backward(
     int64_t padding, std::vector<bool> wanted) {
   const char* op = "fused_block_backward";
   const Arguments arguments = checked_arguments(op, x, conv_weight, weight, bias, 0.0, padding);
+  check_taken(op, arguments.block, x, true);
   const FusedBlock& block = arguments.block;
   const int64_t filters = block.filters;
   check(wanted.size() == 4, op, ": wanted must have 4 elements, got ", wanted.size());

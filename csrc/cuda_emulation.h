@@ -466,6 +466,8 @@ namespace dmfast {
 
 inline int multiprocessor_shared_bytes() { return emulation::multiprocessor_shared; }
 
+inline bool has_tensor_cores() { return true; }
+
 inline int block_shared_bytes() { return emulation::multiprocessor_shared - 1024; }
 
 template <auto kKernel>

@@ -53,6 +53,9 @@ inline int block_shared_bytes() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+// Of bfloat16, and copies behind a thread's back: see mma_cuda.h.
+inline bool has_tensor_cores() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8; }
+
 // More than 48 KB in a launch must be asked for, once for each kernel and device. The kernel has no
 // DMFAST_SHARED beside it.
 template <auto kKernel>

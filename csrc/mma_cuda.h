@@ -9,6 +9,13 @@
 #include "mma_emulation.h"
 #endif
 
+// Architectures before 8.0 have none of it: there the kernels are compiled, and are not launched.
+#if defined(__CUDACC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
+#define DMFAST_MMA(...) asm volatile(__VA_ARGS__)
+#elif defined(__CUDACC__)
+#define DMFAST_MMA(...)
+#endif
+
 namespace dmfast {
 
 // Eight neighbours along the axis that is summed over: a row of a matrix of 8 x 8.
@@ -46,11 +53,11 @@ __device__ __forceinline__ float high_of_pair(uint32_t pair) {
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
 #if defined(__CUDACC__)
-  asm volatile(
+  DMFAST_MMA(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]),
+      "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0),
+      "r"(b1));
 #else
   emulation::multiply_add(c, a, b0, b1);
 #endif
@@ -61,10 +68,8 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
 // conflicts where the rows of each matrix lie in different sixteenths of 128 bytes.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const Cell* row) {
 #if defined(__CUDACC__)
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
-               : "memory");
+  DMFAST_MMA("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(to[0]),
+             "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
 #else
   emulation::load_matrices(to, row);
 #endif
@@ -74,8 +79,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const Cell* row
 // for it after a wait, for others after a barrier too.
 __device__ __forceinline__ void copy_async(Cell* to, const Cell* from) {
 #if defined(__CUDACC__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
+  DMFAST_MMA("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)),
+             "l"(from) : "memory");
 #else
   emulation::copy_async(to, from);
 #endif
@@ -84,7 +89,7 @@ __device__ __forceinline__ void copy_async(Cell* to, const Cell* from) {
 // Ends a group of copies.
 __device__ __forceinline__ void commit_copies() {
 #if defined(__CUDACC__)
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  DMFAST_MMA("cp.async.commit_group;" :: : "memory");
 #else
   emulation::commit_copies();
 #endif
@@ -94,7 +99,7 @@ __device__ __forceinline__ void commit_copies() {
 template <int kLeft>
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(__CUDACC__)
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+  DMFAST_MMA("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 #else
   emulation::wait_for_copies(kLeft);
 #endif

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -256,15 +257,17 @@ def _read_indices(path: str) -> tuple[list[int], str | None]:
     JSON: a list, or an object with one as ``indices`` and the name as ``dataset``; or words.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from error
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         words = text.split()
         content = [int(word) for word in words if re.fullmatch(r"-?\d{1,18}", word)]
         content = content if len(content) == len(words) else None
+    if type(content) is int:  # a single word is JSON, too
+        content = [content]
     described = content if isinstance(content, dict) else {}
     indices = described.get("indices", content)
     if not isinstance(indices, list) or {type(index) for index in indices} != {int}:
@@ -273,7 +276,7 @@ def _read_indices(path: str) -> tuple[list[int], str | None]:
             "JSON that has one as 'indices'"
         )
     if len(set(indices)) != len(indices):
-        twice = next(index for index in indices if indices.count(index) > 1)
+        twice = Counter(indices).most_common(1)[0][0]
         raise InputError(f"{path} lists image {twice} more than once: list each once")
     name = described.get("dataset")
     return indices, name if isinstance(name, str) else None

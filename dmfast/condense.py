@@ -570,7 +570,7 @@ def _memory_checked(options: _Options) -> Iterator[None]:
         if device.type == "cuda":
             raise InputError(
                 f"{device} has no memory for the images{free_memory(device)}: choose a smaller "
-                f"--ipc than {options.ipc}, or --memory-budget 0"
+                f"--ipc than {options.ipc}" + ", or --memory-budget 0" * (options.method == "dm")
             ) from error
         raise InputError(
             f"--ipc {options.ipc} takes more memory than there is: choose a smaller one"
@@ -687,7 +687,7 @@ def _parser() -> cli.Parser:
         "--init",
         metavar="KIND",
         help=f"what the images start from: {' or '.join(INITS)} (default: the preset: real, of dc "
-        "and dsa noise)",
+        "noise)",
     )
     add(
         *("--dsa-strategy", "--dsa_strategy"),

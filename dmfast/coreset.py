@@ -140,6 +140,17 @@ class Coreset:
     synthetic: SyntheticSet
 
 
+def _fit(indices: Tensor, data: ImageData, ipc: int) -> bool:
+    """Whether they are ``ipc`` images of each class, class by class, no two the same."""
+    labels = torch.arange(data.classes).repeat_interleave(ipc)
+    known = bool(((indices >= 0) & (indices < len(data.train_labels))).all())
+    return (
+        known
+        and len(set(indices.tolist())) == len(indices)
+        and torch.equal(data.train_labels[indices], labels)
+    )
+
+
 def run(config: CoresetConfig, *, command: str | None = None) -> Coreset:
     """Does what ``python -m dmfast.coreset`` does: leaves a coreset in its folder.
 
@@ -170,9 +181,13 @@ def run(config: CoresetConfig, *, command: str | None = None) -> Coreset:
         **real,
         "network": training,
     }
+    if training is not None:  # what cannot be made is to fail before anything is replaced
+        get_network(training["model"], data.channels, data.classes, data.size, config.seed)
     folder = _Folder(Path(config.out or f"runs/{name}"), identity)
     with locked(folder.path):
         indices = folder.begin(config.overwrite)
+        if indices is not None and not _fit(indices, data, config.ipc):
+            raise InputError(f"{folder.description} is damaged: --overwrite chooses anew")
         if indices is None:
             with folder.work():
                 indices = _choose(config, data, training, device, folder)
@@ -242,7 +257,7 @@ def _choose(
     for start, stop in zip(class_offsets[:-1].tolist(), class_offsets[1:].tolist(), strict=True):
         rows = order[start:stop]
         features = embed(network, data, rows, training["precision"])
-        if not features.isfinite().all():
+        if not features.square().sum(1).isfinite().all():
             raise InputError(
                 f"the embeddings of {data.name} are not finite: train with fewer --epochs or "
                 "another --model"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ import torch
 
 from . import _load
 from ._blocks import cpu_kernels
+from ._gpu_blocks import gpu_way
 from ._version import __version__
 from .errors import InputError, choose
 from .networks import has_fused_blocks
@@ -31,7 +33,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """The device of that name; ``auto`` is a GPU where there is one.
 
     Raises:
-        InputError: the name is no CPU or CUDA device, or it cannot be used here.
+        InputError: the name is no CPU or CUDA device, or it cannot be used here, or not as
+            DMFAST_CPU or DMFAST_GPU says.
     """
     usable = torch.cuda.is_available() and _load.has_cuda_operators()
     if device == "auto":
@@ -42,6 +45,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda"):
         raise InputError(f"unknown device {str(device)!r}; choose from auto, cpu, cuda, cuda:N")
+    try:
+        gpu_way() if resolved.type == "cuda" else cpu_kernels()
+    except RuntimeError as error:  # a variable that says how has a wrong value
+        raise InputError(str(error)) from error
     if resolved.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {device}: torch finds no GPU here; use --device cpu")
@@ -91,18 +98,13 @@ def resolve_precision(precision: str, device: torch.device, model: str) -> str:
     network goes by the fused blocks, which keep all but the products in float32.
 
     Raises:
-        InputError: the precision is unknown, or DMFAST_CPU says what this CPU does not have.
+        InputError: the precision is unknown.
     """
     choose("--precision", precision, PRECISIONS)
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bfloat16"
-    try:
-        kernels = cpu_kernels()
-    except RuntimeError as error:
-        raise InputError(str(error)) from error
-    return "bfloat16" if has_fused_blocks(model) and kernels == "avx512_bf16" else "float32"
+    fast = device.type == "cuda" or (has_fused_blocks(model) and cpu_kernels() == "avx512_bf16")
+    return "bfloat16" if fast else "float32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -144,10 +146,14 @@ def parse_bytes(option: str, text: str) -> int:
     Raises:
         InputError: it is neither that nor 0.
     """
-    parts = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    pattern = r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(?:i?B)?"
+    parts = re.fullmatch(pattern, str(text), re.IGNORECASE)
     if parts is None:
         raise InputError(f"{option} must be auto or a number of bytes, as 8G or 512M, got {text!r}")
-    return int(float(parts[1]) * 1024 ** _UNITS[parts[2].upper()])
+    size = float(parts[1]) * 1024 ** _UNITS[parts[2].upper()]
+    if math.isinf(size):
+        raise InputError(f"{option} is beyond any number of bytes")
+    return int(size)
 
 
 def format_bytes(count: int) -> str:
@@ -167,7 +173,8 @@ def memory_budget(text: str, device: torch.device) -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory did not suffice, for torch, a library of it or our operators."""
-    words = r"no memory for|ALLOC_FAILED|CUDA error: out of memory"
+    # The last is what cuDNN's caller makes of a workspace that was not to be had.
+    words = r"no memory for|ALLOC(ATION)?_FAILED|out of memory|unable to find an engine"
     return isinstance(error, torch.OutOfMemoryError) or re.search(words, str(error)) is not None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -64,11 +65,41 @@ class CudaGraphs:
             outer.wait_stream(self._stream)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread may be sending real images meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            function()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            # thread_local: another thread may be sending real images meanwhile.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                function()
+        except BaseException:
+            self._abandon(graph, pool)
+            raise
         return graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Has the allocator forget a capture that failed.
+
+        Where a capture is invalid, torch ends it by an error and leaves its pool as one that is
+        still being captured into, after which memory cannot be given back.
+        """
+        index = self._stream.device_index
+        try:
+            torch._C._cuda_endAllocateToPool(index, pool)
+        except RuntimeError:
+            return  # it had ended: the graph gives its pool back itself
+        torch._C._cuda_releasePool(index, pool)
+        self._failed.append(graph)  # torch may still ask it which allocations are its own
+
+
+def _first_said(error: BaseException) -> tuple[str, bool]:
+    """The reason why a recording failed, and whether that is a lack of memory.
+
+    Ending a recording that has failed fails, too: the first error tells.
+    """
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0], is_out_of_memory(error)
 
 
 def recorder_of(graph: str, device: torch.device) -> Recorder | None:
@@ -260,11 +291,8 @@ class Loop:
                 self._replay = recorder.record(self._iterate)
             return
         except RuntimeError as error:
-            # Ending a recording that has failed fails, too: the first error tells.
-            first: BaseException = error
-            while first.__context__ is not None:
-                first = first.__context__
-            reason, short = str(first).partition("\n")[0], is_out_of_memory(first)
+            # No more of it: an error holds on to what the iteration had allocated.
+            reason, short = _first_said(error)
         if short and self._divide():
             return
         if self._required:

@@ -73,7 +73,8 @@ def preset(dataset: str, ipc: int, name: str = "paper", method: str = "dm") -> P
             paper,
             lr_img=0.1,
             iterations=1000,
-            init="noise",
+            # The published runs of DSA start from real images, those of DC from noise.
+            init="real" if method == "dsa" else "noise",
             report_every=1,
             checkpoint_every=10 if ipc < 10 else 1,
             dsa_strategy=paper.dsa_strategy if method == "dsa" else "",

@@ -2,10 +2,10 @@
 """Greedy choices among the images of one class, by their features.
 
 A step reads the features once: one product of the matrix with a vector, in float32, of which the
-rows that rounding leaves in doubt are compared again in float64. So the choice is that of exact
-arithmetic, however the work is divided, and of equals it is the first. The time is the memory's:
-``count`` times the bytes of the features over its bandwidth. (All distances at once would take
-n * n * d multiplications, and n * n numbers of memory.)
+rows that rounding leaves in doubt are compared again in float64. So the choice is that of float64
+arithmetic, however the work is divided, and of what is equal there it is the first. The time is the
+memory's: ``count`` times the bytes of the features over its bandwidth. (All distances at once would
+take n * n * d multiplications, and n * n numbers of memory.)
 """
 
 from __future__ import annotations

@@ -477,9 +477,10 @@ def test_what_cannot_be_used_is_named_in_one_line(out: Path, capsys, arguments, 
     assert not out.exists()
 
 
-def test_a_wrong_dmfast_cpu_is_named_in_one_line(out: Path) -> None:
+@pytest.mark.parametrize("precision", [[], ["--precision", "float32"]], ids=["auto", "float32"])
+def test_a_wrong_dmfast_cpu_is_named_in_one_line(out: Path, precision: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dmfast.condense", *ARGUMENTS, "--out", out],
+        [sys.executable, "-m", "dmfast.condense", *ARGUMENTS, *precision, "--out", out],
         env=os.environ | {"DMFAST_CPU": "sse9"},
         capture_output=True,
         text=True,

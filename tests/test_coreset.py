@@ -304,6 +304,28 @@ def test_a_coreset_is_read_replaced_only_if_asked_and_its_evaluation_goes(
     )
 
 
+@pytest.mark.parametrize(
+    "changed", [[5, 999_999], [-1, 3], [3, 3], [0]], ids=["beyond", "below", "twice", "short"]
+)
+def test_a_damaged_coreset_is_named(changed: list[int], tmp_path: Path) -> None:
+    choose("random", out=str(tmp_path))
+    description = tmp_path / "coreset.json"
+    content = json.loads(description.read_text())
+    content["indices"][: len(changed)] = changed
+    if len(changed) == 1:
+        del content["indices"][0]
+    description.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"coreset.json is damaged: --overwrite chooses anew"):
+        choose("random", out=str(tmp_path))
+
+
+def test_what_cannot_be_made_replaces_nothing(tmp_path: Path) -> None:
+    first = choose("herding", out=str(tmp_path))
+    with pytest.raises(InputError, match="too small for depth 9"):
+        choose("herding", out=str(tmp_path), model="ConvNetD9", overwrite=True)
+    assert torch.equal(choose("herding", out=str(tmp_path)).indices, first.indices)
+
+
 @pytest.mark.parametrize("name", ["config.json", "synthetic.safetensors", "evaluation.json"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_of_something_else_are_left_alone(name: str, overwrite: bool, tmp_path: Path) -> None:

@@ -87,6 +87,11 @@ def test_what_is_no_size_is_named(text: str) -> None:
         parse_bytes("--memory-budget", text)
 
 
+def test_a_size_without_end_is_named() -> None:
+    with pytest.raises(InputError, match="--memory-budget is beyond any number of bytes"):
+        parse_bytes("--memory-budget", "9" * 400)
+
+
 def test_sizes_are_told() -> None:
     told = [format_bytes(count) for count in (0, 92_000, 512 << 20, 5 << 29, 80 << 30)]
     assert told == ["0 MiB", "0.0877 MiB", "512 MiB", "2.5 GiB", "80 GiB"]

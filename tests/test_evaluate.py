@@ -553,6 +553,7 @@ def test_the_whole_set(
         ('{"indices": [7, 0, 1400], "dataset": "digits"}', {}),
         ('{"indices": [7, 0, 1400], "dataset": "gone"}', {"dataset": "digits"}),
         ("7\n0\n1400\n", {"dataset": "digits"}),
+        ("\ufeff[7, 0, 1400]", {"dataset": "digits"}),
     ],
 )
 def test_listed_images(
@@ -569,7 +570,7 @@ def test_listed_images(
     assert torch.equal(calls[0]["images"], digits.normalise(digits.train_images[index]))
     assert torch.equal(calls[0]["labels"], digits.train_labels[index])
     assert written(tmp_path)["indices"] == str(tmp_path / "list")
-    (tmp_path / "list").write_text("[7, 0, 1399]")
+    (tmp_path / "list").write_text("7")
     with pytest.raises(InputError, match="training_images is"):
         evaluate.run(quick(indices=str(tmp_path / "list"), networks=1, dataset="digits"))
 
@@ -586,7 +587,8 @@ def test_listed_images(
         ("[true]", "holds no indices"),
         ("1 2 x", "holds no indices"),
         ('{"index": [1]}', "holds no indices"),
-        ("9" * 30, "holds no indices"),
+        ("9" * 30, "lists image 9{30}, but"),
+        ("[" * 100_000, "holds no indices"),
         ("[" + "9" * 30 + "]", "lists image 9{30}, but"),
     ],
 )

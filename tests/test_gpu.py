@@ -50,6 +50,22 @@ def test_without_a_gpu_it_fails_in_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_package_need_not_be_installed() -> None:
+    """Its steps are listed by a Python that has torch, but no dmfast."""
+    code = (
+        "import sys, site; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in "
+        "repr(f).lower()]; sys.path[:] = [p for p in sys.path if p != sys.argv[1]]; "
+        "sys.path.insert(0, sys.argv[1] + '/benchmarks'); import gpu; from pathlib import Path; "
+        "print(len(list(gpu.steps(gpu.Plan(mode='full', out=Path('x'), data=None, "
+        "arch='9.0a', seconds=1.0)))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], cwd="/", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10
+
+
 def test_make_uses_the_python_that_is_there() -> None:
     """Nothing is installed, built elsewhere or downloaded."""
 
@@ -219,7 +235,7 @@ def test_no_step_stops_the_others_and_each_is_written_down(
     assert [line.split()[-1] for line in summary[2:3]] == ["word"]
     out = capsys.readouterr().out
     assert all(line in out for line in summary)
-    assert "failed: bad; no time for long;" in out
+    assert "failed: bad; not done: long;" in out
 
 
 TWO_STEPS = """
@@ -281,7 +297,9 @@ def test_the_full_run_makes_what_is_claimed_of_it(tmp_path: Path) -> None:
     steps = {step.name: step for step in gpu.steps(plan(tmp_path))}
     command = " ".join(steps["cifar10-ipc50"].command)
     assert "--ipc 50 --iterations 20000" in command
-    assert "--no-baselines" not in command  # of which each has at least as many turns as rounds
+    beside = " ".join(steps["cifar10-ipc50-baselines"].command)
+    assert "--ipc 50" in beside
+    assert "--no-baselines" not in beside  # of which each has at least as many turns as rounds
     assert profile._ROUNDS == 100
     assert "--iterations 20000" in " ".join(steps["cifar10-ipc10"].command)
     assert steps["tests"].environment == {"DMFAST_REQUIRE_CUDA": "1"}

@@ -15,6 +15,7 @@ import accuracy
 import iteration
 import pytest
 import roofline
+import stages
 import torch
 from tables import with_content
 
@@ -92,6 +93,20 @@ def test_the_accuracy_table_is_that_of_the_results() -> None:
 
 def test_the_table_of_times_is_that_of_the_results() -> None:
     assert iteration.with_table(README) == README
+
+
+def test_the_table_of_parts_is_that_of_the_results() -> None:
+    assert stages.with_table(README) == README
+
+
+def test_the_picture_is_drawn_from_the_results(tmp_path: Path) -> None:
+    accuracy.draw(tmp_path / "picture.svg")
+    drawn = (tmp_path / "picture.svg").read_text()
+    shown = {label: curve for label, (curve, _) in accuracy.lines().items()}
+    assert all(label in drawn for label in shown)
+    assert [label for label, curve in shown.items() if curve == "fast"] == ["dmfast, fast preset"]
+    assert f"](benchmarks/results/{accuracy.PICTURE.name})" in README
+    assert accuracy.PICTURE.exists()
 
 
 def test_the_roofline_table_is_that_of_the_counts_and_results() -> None:
