@@ -20,8 +20,8 @@ METHODS = {
 #: Names of presets, and what each is.
 PRESETS = {
     "paper": "the paper's settings where it has them",
-    "fast": "a quarter of the real images, a larger --lr-img and 500 iterations, for sets as good "
-    "within the spread",
+    "fast": "a quarter of the real images and 500 iterations, from 10 images a class on with a "
+    "larger --lr-img",
 }
 
 
