@@ -31,6 +31,7 @@ from torch import nn
 from dmfast import _baselines as baselines
 from dmfast import ceilings, devices, ops, profile
 from dmfast._baselines import CPU
+from dmfast._stack import NetworkStack
 from dmfast.augment import DEFAULT_STRATEGY, DIGITS_STRATEGY
 from dmfast.data import ImageData
 from dmfast.matching import Matcher, initial_images
@@ -137,11 +138,18 @@ def iteration_case(setting: Setting) -> Case:
     return Case(title, setting.iteration_flop, 1, contenders)
 
 
-def training_case(images: int, steps: int = 2) -> Case:
-    """A step of training a ConvNet-3 on a set of one batch, augmentation included."""
+def training_case(images: int, networks: int = 1, steps: int = 2) -> Case:
+    """A step of training a ConvNet-3 on a set of one batch, augmentation included.
+
+    Args:
+        networks: as many are trained at once by dmfast, one after another by the others; the times
+            are those of one.
+    """
     setting = Setting()
     model, strategy = "ConvNet", _strategy(setting)
     title = f"training step, {images} images of 3x32x32, ConvNet-3"
+    if networks > 1:
+        title += f", of {networks} networks at once: one of them"
 
     def start() -> tuple[ImageData, torch.Tensor, torch.Tensor]:
         data = random_images(setting)
@@ -149,7 +157,7 @@ def training_case(images: int, steps: int = 2) -> Case:
 
     def repeated(epoch: Run) -> Run:
         def run() -> None:
-            for _ in range(steps):
+            for _ in range(steps * networks):
                 epoch()
 
         return run
@@ -167,11 +175,15 @@ def training_case(images: int, steps: int = 2) -> Case:
     def ours(precision: str) -> Run:
         data, *batch = start()
         network = get_network(model, data.channels, data.classes, data.size, seed=0)
+        trained: nn.Module = network
+        if networks > 1:
+            trained = NetworkStack(network, networks)
+            trained.initialise_(0, 0, ops.Stream.EVALUATION_WEIGHTS)
         options = {"epochs": steps - 1, "seed": 0, "strategy": strategy, "precision": precision}
-        return lambda: train(network, *batch, **options)
+        return lambda: train(trained, *batch, networks=networks, **options)
 
     contenders = {PUBLISHED: published, **_both("tidied", tidied), **_both("dmfast", ours)}
-    return Case(title, setting.training_flop(images), steps, contenders)
+    return Case(title, setting.training_flop(images), steps * networks, contenders)
 
 
 class TorchBlock(nn.Module):
@@ -246,6 +258,10 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield "3x64x64-ipc10-200-classes", iteration_case(setting)
     for images in (100, 256):
         yield f"training-{images}", training_case(images)
+    for ipc in (1, 10, 50):  # as dmfast.evaluate trains them
+        images = min(10 * ipc, 256)
+        networks = min(512 // images, 20)
+        yield f"evaluation-ipc{ipc}", training_case(images, networks)
     for inputs, side in ((3, 32), (128, 16), (128, 8)):
         for backward in (False, True):
             name = f"block-{inputs}x{side}x{side}" + ("-backward" if backward else "")

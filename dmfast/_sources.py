@@ -43,7 +43,7 @@ class Source:
         data: what they are tested on.
         ipc: images a class, a mean where that differs.
         images_of: gives the images and labels of a network, as :func:`dmfast.training.train` takes
-            them.
+            them; the same objects where they are the same for all.
         training_images: a digest of all that ``images_of`` follows from.
         folder: of the result, where the user names none.
         config: how the set was made, as far as it says.
@@ -78,10 +78,11 @@ def source_of(config: EvaluateConfig) -> Source:
     data = _real(config, config.dataset or "digits")
     if config.baseline == "random":
         return _random(config, data)
+    images = data.normalised()
     return Source(
         data,
         plain_number(len(data.train_labels) / data.classes),
-        lambda index: (data.normalised(), data.train_labels),
+        lambda index: (images, data.train_labels),
         digest(data.train_images, data.train_labels),
         _folder(config, data, "whole"),
         baseline="the whole real set",

@@ -45,15 +45,16 @@ from .devices import (
     resolve_precision,
 )
 from .errors import InputError, choose
+from .evaluator import evaluate_set
 from .gradient_matching import GradientMatcher, loops_of
-from .loop import GRAPHS, Loop, Reading, Recorder, recorder_of
+from .graphs import GRAPHS, Recorder, recorder_of
+from .loop import Loop, Reading
 from .matching import INITS, Matcher, Matching, initial_images
 from .memory import keep_freed_pages
 from .networks import Network, get_network, has_batch_norm
 from .presets import METHODS, PRESETS, preset
 from .runs import Checkpoint, RunFolder, interrupts_deferred, locked
 from .synthetic import SyntheticSet, save_grid
-from .training import evaluate_set
 
 _EPOCHS = 1000  # of an evaluation, from 0 to that: the published protocol
 _MAX_ITERATIONS = 2**32  # the number of an iteration is a 32-bit word of the random numbers

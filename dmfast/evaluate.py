@@ -31,11 +31,13 @@ from ._version import __version__
 from .augment import WORDS, parse_strategy
 from .devices import PRECISIONS, machine
 from .errors import InputError, choose
+from .evaluator import EvaluationResult, Evaluator, evaluate_set
 from .files import write_bytes
+from .graphs import GRAPHS
 from .memory import keep_freed_pages
 from .presets import preset
 from .runs import locked
-from .training import PROTOCOLS, EvaluationResult, Evaluator, evaluate_set
+from .training import PROTOCOLS
 
 __all__ = ["BASELINES", "EvaluateConfig", "EvaluationResult", "evaluate_set", "run"]
 
@@ -69,6 +71,8 @@ class EvaluateConfig:
     protocol: str = "published"
     precision: str = "auto"
     device: str = "auto"
+    networks_at_once: int | None = None
+    graph: str = "auto"
     out: str | None = None
     overwrite: bool = False
     cache: bool = True
@@ -104,6 +108,9 @@ class EvaluateConfig:
             if self.ipc is None or self.ipc < 1:
                 raise InputError(f"--baseline random needs --ipc of 1 or more, got {self.ipc}")
         choose("--protocol", self.protocol, PROTOCOLS)
+        choose("--graph", self.graph, GRAPHS)
+        if self.networks_at_once is not None and self.networks_at_once < 1:
+            raise InputError(f"--networks-at-once must be 1 or more, got {self.networks_at_once}")
         if self.out == "":
             raise InputError("--out is empty: name a folder, or leave it out")
         if self.networks is not None and self.networks < 1:
@@ -117,9 +124,9 @@ class EvaluateConfig:
 def run(config: EvaluateConfig, *, command: str | None = None) -> EvaluationResult:
     """Does what ``python -m dmfast.evaluate`` does: leaves ``evaluation.json`` in a folder.
 
-    After each network, what is known so far is written to ``evaluation.partial.json``, from which
-    the same call continues. A finished evaluation is extended to more networks in the same way;
-    one that has them all is read, not repeated.
+    Networks are trained some at a time; after them, what is known so far is written to
+    ``evaluation.partial.json``, from which the same call continues. A finished evaluation is
+    extended to more networks in the same way; one that has them all is read, not repeated.
 
     Args:
         command: the command line to name in the file, if there was one.
@@ -160,6 +167,9 @@ def _run(
         device=config.device,
         protocol=config.protocol,
         learning_rate=source.learning_rate,
+        networks_at_once=config.networks_at_once,
+        graph=config.graph,
+        note=note,
     )
     record = _Record(
         folder,
@@ -207,7 +217,7 @@ def _evaluate_rest(
     record: _Record,
     result: EvaluationResult,
 ) -> EvaluationResult:
-    """Evaluates the networks that ``result`` lacks, one after another, and keeps each."""
+    """Evaluates the networks that ``result`` lacks, some at once, and keeps what they give."""
     from tqdm import tqdm
 
     first = len(result.accuracies)
@@ -215,20 +225,26 @@ def _evaluate_rest(
     total = (networks - first) * (epochs + 1)
     try:
         with tqdm(total=total, unit="epoch", disable=None, dynamic_ncols=True) as bar:
-            for index in range(first, networks):
-                bar.set_description(f"network {index + 1}/{networks}")
+            while (index := len(result.accuracies)) < networks:
                 began = time.perf_counter()
-                accuracy = evaluator(*source.images_of(index), index, bar.update)
+                sets = [source.images_of(index)]
+                at_once = min(evaluator.networks_at_once(len(sets[0][1])), networks - index)
+                sets += [source.images_of(other) for other in range(index + 1, index + at_once)]
+                which = _which(index, index + at_once)
+                bar.set_description(f"{which}/{networks}")
+                accuracies = evaluator(sets, index, bar.update)
                 now = time.perf_counter()
                 result = EvaluationResult(
-                    (*result.accuracies, accuracy), result.seconds + now - began
+                    (*result.accuracies, *accuracies), result.seconds + now - began
                 )
                 record.write(result)
-                left = (now - start) / (index + 1 - first) * (networks - index - 1)
+                done = len(result.accuracies)
+                left = (now - start) / (done - first) * (networks - done)
+                found = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
                 with bar.external_write_mode():
                     print(
-                        f"network {index + 1} of {networks}: {accuracy:.2f} %, "
-                        f"{now - began:.0f} s; {timedelta(seconds=round(left))} left",
+                        f"{which} of {networks}: {found} %, {now - began:.0f} s; "
+                        f"{timedelta(seconds=round(left))} left",
                         flush=True,
                     )
     except KeyboardInterrupt:
@@ -239,6 +255,11 @@ def _evaluate_rest(
         )
         raise
     return result
+
+
+def _which(first: int, end: int) -> str:
+    """Networks ``first`` to ``end - 1``, counted from 1."""
+    return f"network {end}" if end == first + 1 else f"networks {first + 1} to {end}"
 
 
 class _Record:
@@ -437,6 +458,19 @@ def _parser() -> cli.Parser:
         metavar="NAME",
         default=default.device,
         help="cpu, cuda, cuda:N, or auto (a GPU where there is one)",
+    )
+    parser.add_argument(
+        "--networks-at-once",
+        metavar="N",
+        type=int,
+        help="how many are trained together, where they are made of fused blocks (default: as many "
+        "as are of use); the accuracies are the same, beyond rounding on a GPU",
+    )
+    parser.add_argument(
+        "--graph",
+        choices=GRAPHS,
+        default=default.graph,
+        help="capture an epoch on a GPU in a CUDA graph and replay it; required: or fail",
     )
     parser.add_argument(
         "--out",

@@ -7,6 +7,7 @@ State dicts are named as in the published code, so its checkpoints load.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,16 +127,7 @@ class ConvNet(Network):
         blocks = self.fused_blocks(x.device, x.dtype)
         if blocks is None:
             return super().embed(x)
-        device, dtype, precision = x.device.type, x.dtype, None
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
-            precision = "bfloat16"
-            if device != "cpu":
-                x = x.to(torch.bfloat16)
-        for block in blocks:
-            x = ops.conv_norm_relu_pool(
-                x, *block.weights, block.eps, block.padding, precision=precision
-            )
-        return x.flatten(1).to(dtype)
+        return through_blocks(x, blocks)
 
     def fused_blocks(
         self, device: torch.device, dtype: torch.dtype = torch.float32
@@ -149,6 +141,23 @@ class ConvNet(Network):
         padding = max(block.padding for block in blocks)
         conv_weights = [block.weights[0] for block in blocks]
         return blocks if is_fused(conv_weights, padding, None, dtype) else None
+
+
+def through_blocks(x: Tensor, blocks: Sequence[FusedBlock]) -> Tensor:
+    """The embedding [N, D] of images by these blocks, in the dtype of the images.
+
+    Under autocast to bfloat16 the products are of bfloat16.
+    """
+    device, dtype, precision = x.device.type, x.dtype, None
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        precision = "bfloat16"
+        if device != "cpu":
+            x = x.to(torch.bfloat16)
+    for block in blocks:
+        x = ops.conv_norm_relu_pool(
+            x, *block.weights, block.eps, block.padding, precision=precision
+        )
+    return x.flatten(1).to(dtype)
 
 
 def _blocks(features: nn.Module) -> list[FusedBlock] | None:

@@ -51,7 +51,8 @@ from .devices import (
 )
 from .errors import InputError, choose
 from .files import atomic_path, write_bytes
-from .loop import GRAPHS, Loop, recorder_of
+from .graphs import GRAPHS, recorder_of
+from .loop import Loop
 from .matching import Matcher, initial_images
 from .networks import ConvNet, get_network, has_batch_norm
 from .presets import Preset, preset
@@ -84,7 +85,7 @@ class ProfileConfig:
     ``model``, ``batch_real`` and ``dsa_strategy`` are the presets. With ``iterations`` dmfast makes
     at least so many in all, in up to 100 rounds in which the others take turns; else rounds go on
     for ``seconds`` (10 where None), at least three. On a GPU dmfast's iteration is replayed from a
-    CUDA graph, as ``graph`` says (:data:`dmfast.loop.GRAPHS`), and made eagerly beside that.
+    CUDA graph, as ``graph`` says (:data:`dmfast.graphs.GRAPHS`), and made eagerly beside that.
     ``json`` and ``trace`` are files to write.
 
     Raises:

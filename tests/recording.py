@@ -84,7 +84,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 
 class Tape:
-    """A :class:`dmfast.loop.Recorder`. Nothing of the host is seen by a replay, as on a GPU."""
+    """A :class:`dmfast.graphs.Recorder`. Nothing of the host is seen by a replay, as on a GPU."""
 
     warm_up = 2
 

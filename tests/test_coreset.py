@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmfast import InputError, coreset, data, evaluate, selection, training
+from dmfast import InputError, coreset, data, evaluate, evaluator, selection, training
 from dmfast.coreset import CoresetConfig, Forgetting, most_forgotten
 from dmfast.evaluate import EvaluateConfig
 from dmfast.networks import get_network
@@ -223,7 +223,7 @@ def test_random_is_the_baseline_of_the_first_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained_on: list[torch.Tensor] = []
-    monkeypatch.setattr(training, "train", lambda net, images, *_, **__: trained_on.append(images))
+    monkeypatch.setattr(evaluator, "train", lambda net, images, *_, **__: trained_on.append(images))
     random = choose("random", out=str(tmp_path / "a"), seed=7)
     options = {"networks": 1, "epochs": 0, "seed": 7, "model": MODEL}
     evaluate.run(EvaluateConfig(baseline="random", ipc=3, out=str(tmp_path / "b"), **options))

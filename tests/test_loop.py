@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmfast import _convnet, condense, loop, matching
 from dmfast.errors import InputError
-from dmfast.loop import CudaGraphs, Loop, Reading
+from dmfast.evaluator import EvaluationResult
+from dmfast.graphs import CudaGraphs, recorder_of
+from dmfast.loop import Loop, Reading
 from dmfast.matching import Matcher, initial_images
 from dmfast.networks import get_network
 from dmfast.runs import RunFolder
-from dmfast.training import EvaluationResult
 
 #: One that goes by the fused blocks, the same by torch's layers, and others that always do.
 MODELS = ["ConvNetD2W16", "ConvNetD2W16 direct", "ConvNetD2W8BN", "ConvNetD1W8LN", "ConvNetD2W8NN"]
@@ -200,11 +201,11 @@ def test_where_it_is_required_that_is_an_error() -> None:
 
 def test_a_graph_cannot_be_required_of_a_cpu() -> None:
     cpu = torch.device("cpu")
-    assert loop.recorder_of("auto", cpu) is loop.recorder_of("off", cpu) is None
+    assert recorder_of("auto", cpu) is recorder_of("off", cpu) is None
     with pytest.raises(InputError, match=r"--graph required: .*--device cuda"):
-        loop.recorder_of("required", cpu)
+        recorder_of("required", cpu)
     with pytest.raises(InputError, match="--graph: unknown value 'on'; choose from auto, required"):
-        loop.recorder_of("on", cpu)
+        recorder_of("on", cpu)
 
 
 # ---- out of memory
