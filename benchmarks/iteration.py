@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines_matching import PublishedGradientMatching, TidiedGradientMatching
 from tables import README, RESULTS, markdown, with_content
 from torch import nn
 
@@ -34,6 +35,7 @@ from dmfast._baselines import CPU
 from dmfast._stack import NetworkStack
 from dmfast.augment import DEFAULT_STRATEGY, DIGITS_STRATEGY
 from dmfast.data import ImageData
+from dmfast.gradient_matching import LOOPS, GradientMatcher, Loops
 from dmfast.matching import Matcher, initial_images
 from dmfast.memory import keep_freed_pages
 from dmfast.networks import get_network
@@ -186,6 +188,56 @@ def training_case(images: int, networks: int = 1, steps: int = 2) -> Case:
     return Case(title, setting.training_flop(images), steps * networks, contenders)
 
 
+def gradient_matching_case(ipc: int, loops: Loops) -> Case:
+    """A round of DSA: all classes' gradients are matched, and the network trained for the next."""
+    setting = Setting(ipc=ipc)
+    model, strategy = "ConvNet", _strategy(setting)
+    trained = loops.inner * (loops.outer - 1) / loops.outer
+    title = (
+        f"round of DSA, {ipc} images a class of 3x32x32, 10 x 256 real, ConvNet-3, "
+        f"{trained:g} epochs of training"
+    )
+    options: dict[str, Any] = {"batch_real": setting.batch_real, "strategy": strategy}
+    options["loops"] = loops
+
+    def start() -> tuple[ImageData, torch.Tensor]:
+        data = random_images(setting)
+        return data, initial_images(data, ipc, "real", seed=0)
+
+    def published() -> Run:
+        data, images = start()
+        return PublishedGradientMatching(data, model, images, **options).step
+
+    def numbered(matcher: GradientMatcher) -> Run:
+        steps = itertools.count()
+        return lambda: matcher.step(next(steps))
+
+    rates: dict[str, Any] = {"seed": 0, "lr": 0.1, "momentum": 0.5}
+
+    def tidied(precision: str) -> Run:
+        matcher = TidiedGradientMatching(
+            start()[0], model, start()[1], precision=precision, **rates, **options
+        )
+        _say(f"{title}: tidied {precision}: {matcher.form}")
+        return numbered(matcher)
+
+    def ours(precision: str) -> Run:
+        data, images = start()
+        network = get_network(model, data.channels, data.classes, data.size, seed=0)
+        return numbered(
+            GradientMatcher(
+                data, network, images, precision=precision, device=CPU, **rates, **options
+            )
+        )
+
+    # The synthetic images' pass is differentiated twice: about as much as two trainings.
+    synthetic = 2 * setting.training_flop(setting.synthetic)
+    flop = setting.training_flop(setting.real) + synthetic
+    flop += round(trained * setting.training_flop(setting.synthetic))
+    contenders = {PUBLISHED: published, **_both("tidied", tidied), **_both("dmfast", ours)}
+    return Case(title, flop, loops.outer, contenders)
+
+
 class TorchBlock(nn.Module):
     """A block of the ConvNet out of torch's layers."""
 
@@ -262,6 +314,9 @@ def _cases() -> Iterator[tuple[str, Case]]:
         images = min(10 * ipc, 256)
         networks = min(512 // images, 20)
         yield f"evaluation-ipc{ipc}", training_case(images, networks)
+    yield "dsa-ipc1", gradient_matching_case(1, LOOPS[1])
+    # Of ten rounds two are made, with the training between them.
+    yield "dsa-ipc10", gradient_matching_case(10, Loops(2, LOOPS[10].inner))
     for inputs, side in ((3, 32), (128, 16), (128, 8)):
         for backward in (False, True):
             name = f"block-{inputs}x{side}x{side}" + ("-backward" if backward else "")
@@ -270,7 +325,9 @@ def _cases() -> Iterator[tuple[str, Case]]:
 
 CASES = dict(_cases())
 # Every ipc of every shape would take longer than the ten minutes that a run may.
-_DEFAULT = [name for name in CASES if not name.startswith(("1x28x28-ipc", "3x64x64-ipc"))]
+_DEFAULT = [
+    name for name in CASES if not name.startswith(("1x28x28-ipc", "3x64x64-ipc", "dsa", "eval"))
+]
 _DEFAULT += ["1x28x28-ipc10", "3x64x64-ipc10"]
 _QUICK = ["3x32x32-ipc10", "training-256", "block-128x16x16-backward"]
 

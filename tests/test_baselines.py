@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import iteration
 import numpy as np
 import pytest
 import torch
+from baselines_matching import PublishedGradientMatching, TidiedGradientMatching
 from torch import Tensor
 
 from dmfast import _baselines as baselines
 from dmfast import compat, ops
 from dmfast.augment import WORDS
 from dmfast.data import ImageData
+from dmfast.gradient_matching import GradientMatcher, Loops, gradient_distance
 from dmfast.matching import Matcher, RealImages, initial_images, matching_gradient, plan
 from dmfast.networks import get_network
 from dmfast.ops import Stream
@@ -102,6 +106,55 @@ def test_tidied_iterations_are_dmfasts(
     for step in range(3):
         assert tidied.step(step).item() == pytest.approx(ours.step(step).item(), rel=1e-4)
     assert close(tidied.images.detach() - images, ours.images - images, 1e-3)
+
+
+def test_the_published_gradient_distance(data: ImageData) -> None:
+    """Against that of the operators' network, for the same batches."""
+    images = initial_images(data, IPC, "noise", seed=1)
+    options: dict[str, Any] = {"batch_real": BATCH, "strategy": "", "loops": Loops(1, 1)}
+    published = PublishedGradientMatching(data, MODEL, images, **options)
+    network = baselines.torch_network(MODEL, data, seed=3)
+    batches = [rows[:BATCH] for rows in published._rows]
+    parameters = list(network.parameters())
+
+    def gradients(images: Tensor, label: int) -> list[Tensor]:
+        labels = torch.full((len(images),), label)
+        loss = torch.nn.functional.cross_entropy(network(images), labels)
+        return list(torch.autograd.grad(loss, parameters))
+
+    expected = sum(
+        gradient_distance(
+            gradients(data.normalise(data.train_images[rows]), k),
+            gradients(images[k * IPC : (k + 1) * IPC], k),
+        ).item()
+        for k, rows in enumerate(batches)
+    )
+    assert published.loss(network, batches).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_published_rounds_move_the_images(data: ImageData) -> None:
+    images = initial_images(data, IPC, "noise", seed=1)
+    published = PublishedGradientMatching(
+        data, MODEL, images, batch_real=BATCH, strategy=STRATEGY, loops=Loops(2, 2)
+    )
+    assert published.step() > 0
+    assert published.images.isfinite().all()
+    assert not torch.equal(published.images, images)
+
+
+def test_tidied_rounds_are_dmfasts(data: ImageData) -> None:
+    """Losses of two iterations of two rounds, with training in between."""
+    images = initial_images(data, IPC, "noise", seed=1)
+    options: dict[str, Any] = {
+        **{"batch_real": BATCH, "strategy": STRATEGY, "seed": 7, "lr": 0.1, "momentum": 0.5},
+        **{"loops": Loops(2, 2), "precision": "float32"},
+    }
+    tidied = TidiedGradientMatching(data, MODEL, images, compiled=False, **options)
+    network = get_network(MODEL, data.channels, CLASSES, data.size, seed=0)
+    ours = GradientMatcher(data, network, images, device=baselines.CPU, **options)
+    for step in range(2):
+        assert tidied.step(step).item() == pytest.approx(ours.step(step).item(), rel=1e-4)
+    assert close(tidied.images - images, ours.images - images, 1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
