@@ -92,13 +92,13 @@ def _strategy(setting: Setting) -> str:
     return DIGITS_STRATEGY if setting.channels == 1 else DEFAULT_STRATEGY
 
 
-def iteration_case(setting: Setting) -> Case:
+def iteration_case(setting: Setting, norm: str = "") -> Case:
     """One iteration of distribution matching."""
-    model, strategy = f"ConvNetD{setting.depth}", _strategy(setting)
+    model, strategy = f"ConvNetD{setting.depth}{norm}", _strategy(setting)
     shape = "x".join(map(str, (setting.channels, *setting.size)))
     title = (
         f"iteration, {setting.ipc} images a class of {shape}, {setting.classes} x "
-        f"{setting.batch_real} real, ConvNet-{setting.depth}"
+        f"{setting.batch_real} real, ConvNet-{setting.depth}{norm and f' with {norm}'}"
     )
 
     def start() -> tuple[ImageData, torch.Tensor]:
@@ -300,6 +300,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     for ipc in (1, 10, 50):
         yield f"3x32x32-ipc{ipc}", iteration_case(Setting(ipc=ipc))
     yield "3x32x32-ipc10-64", iteration_case(Setting(batch_real=64))  # the fast preset
+    yield "3x32x32-ipc10-BN", iteration_case(Setting(), "BN")
     for ipc in (1, 10, 50):
         yield f"1x28x28-ipc{ipc}", iteration_case(Setting(channels=1, size=(28, 28), ipc=ipc))
     for ipc in (1, 10, 50):  # of two classes: an image costs four times one of 32x32

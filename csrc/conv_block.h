@@ -38,9 +38,11 @@ struct ConvBlock {
 };
 
 // What follows the convolution; null weight and bias are 1 and 0.
-struct InstanceNorm {
+struct Norm {
   const float *weight, *bias;  // [filters]
   float eps;
+  // [2, filters]: mean and 1 / sqrt(variance + eps) for all images; null for each image's own.
+  const float* given;
 };
 
 // Images of a block's input: strides in elements; channels_last and dense unless the block is thin.
@@ -53,13 +55,16 @@ struct BlockInput {
 struct BlockGradient {
   BlockInput x;
   const float* z;           // [images, conv_size], or null for a thin block, which makes it anew
-  const float* statistics;  // [images, 2, filters]
-  const float* gradient;    // [images, out_size]
-  float* x_gradient;        // [images, input_size] or null
-  float* norm_gradients;    // [images, 2, filters]: of each image's weight and bias
-  float* weight_partials;   // thin: [images, 9 channels, filters] or null
-  void *inputs, *outputs;   // else: transforms of gradient_tiles(), or null
-  int64_t first_tile;       // where this range's tiles begin in them
+  const float* statistics;  // [images, 2, filters], or null where they are given
+  // [2, filters]: what the gradients of the norm's weight and bias come to a pixel of all images
+  // whose statistics they share; null for each image's own.
+  const float* shares;
+  const float* gradient;   // [images, out_size]
+  float* x_gradient;       // [images, input_size] or null
+  float* norm_gradients;   // [images, 2, filters]: of each image's weight and bias; unless shares
+  float* weight_partials;  // thin: [images, 9 channels, filters] or null
+  void *inputs, *outputs;  // else: transforms of gradient_tiles(), or null
+  int64_t first_tile;      // where this range's tiles begin in them
 };
 
 struct ConvBlockKernels {
@@ -72,16 +77,20 @@ struct ConvBlockKernels {
   int64_t (*images_at_once)(const ConvBlock& block);
   int64_t (*workspace_bytes)(const ConvBlock& block, bool backward);
 
-  // x -> out [images, out_size]; and where they are not null, z [images, conv_size] and
-  // statistics [images, 2, filters], mean and 1 / sqrt(variance + eps).
-  void (*forward)(const ConvBlock& block, const void* packed, const InstanceNorm& norm,
-                  const BlockInput& x, int64_t images, float* out, float* z, float* statistics,
-                  void* workspace);
+  // x -> where they are not null, out [images, out_size], z [images, conv_size] (no thin block
+  // keeps it) and statistics [images, 2, filters], mean and 1 / sqrt(variance + eps).
+  void (*forward)(const ConvBlock& block, const void* packed, const Norm& norm, const BlockInput& x,
+                  int64_t images, float* out, float* z, float* statistics, void* workspace);
+  // z -> out, of a block that is not thin.
+  void (*pool)(const ConvBlock& block, const Norm& norm, const float* z, int64_t images,
+               float* out);
 
   // `turned` weights are needed for x_gradient, the others by thin blocks.
-  void (*backward)(const ConvBlock& block, const void* packed, const void* turned,
-                   const InstanceNorm& norm, const BlockGradient& gradient, int64_t images,
-                   void* workspace);
+  void (*backward)(const ConvBlock& block, const void* packed, const void* turned, const Norm& norm,
+                   const BlockGradient& gradient, int64_t images, void* workspace);
+  // norm_gradients alone.
+  void (*norm_backward)(const ConvBlock& block, const void* packed, const Norm& norm,
+                        const BlockGradient& gradient, int64_t images, void* workspace);
   int64_t (*transforms_bytes)(const ConvBlock& block, bool of_inputs);
   // Adds what `tiles` tiles in `inputs` and `outputs` give to point's [channels, filters].
   void (*weight_gradient)(const ConvBlock& block, const void* inputs, const void* outputs,

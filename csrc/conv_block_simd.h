@@ -209,9 +209,8 @@ DMFAST_INLINE void for_each_image(int64_t tiles, int64_t start, int64_t count, c
 }
 
 template <typename Precision, int kVectors>
-void forward_wide(const ConvBlock& block, const void* packed, const InstanceNorm& norm,
-                  const float* x, int64_t images, float* out, float* z, float* statistics,
-                  void* workspace) {
+void forward_wide(const ConvBlock& block, const void* packed, const Norm& norm, const float* x,
+                  int64_t images, float* out, float* z, float* statistics, void* workspace) {
   constexpr int64_t kWidth = kVectors * kLanes;
   const WideScratch<Precision> scratch(block, kVectors, workspace);
   __builtin_memset(scratch.zeros, 0, sizeof(float) * block.channels);
@@ -236,8 +235,11 @@ void forward_wide(const ConvBlock& block, const void* packed, const InstanceNorm
         const Plane<float> values = plane(image, step, vector);
         const Plane<const float> from{values.data, values.width, values.pixel};
         const Vector sum = load(scratch.sums + image * filters + filter);
-        const Statistics found = Statistics::of(from, block.conv_height(), sum, norm.eps);
+        const Statistics found = norm.given
+                                     ? Statistics::read(norm.given + filter, filters)
+                                     : Statistics::of(from, block.conv_height(), sum, norm.eps);
         if (statistics) found.write(statistics + (begin + image) * 2 * filters + filter, filters);
+        if (!out) continue;
         normalise_and_pool(
             block, from, Scaling(found, norm, filter),
             {out + (begin + image) * block.out_size() + filter, block.out_width(), filters});
@@ -271,6 +273,18 @@ void forward_wide(const ConvBlock& block, const void* packed, const InstanceNorm
   }
 }
 
+// What follows the convolution: z [images][conv_size] to out.
+void pool(const ConvBlock& block, const Norm& norm, const float* z, int64_t images, float* out) {
+  const int64_t filters = block.filters;
+  for (int64_t image = 0; image < images; ++image) {
+    for (int64_t k = 0; k < filters; k += kLanes) {
+      const Scaling scaling(Statistics::read(norm.given + k, filters), norm, k);
+      normalise_and_pool(block, {z + image * block.conv_size() + k, block.conv_width(), filters},
+                         scaling, {out + image * block.out_size() + k, block.out_width(), filters});
+    }
+  }
+}
+
 // The convolution alone: images in channels_last to [conv_size] each.
 template <typename Precision, int kVectors>
 void convolve_to(const ConvBlock& block, const void* packed, const float* x, int64_t images,
@@ -298,7 +312,7 @@ void convolve_to(const ConvBlock& block, const void* packed, const float* x, int
 // ---- Gradients ---------------------------------------------------------------------------------
 
 template <typename Precision>
-void backward_wide(const ConvBlock& block, const void* turned, const InstanceNorm& norm,
+void backward_wide(const ConvBlock& block, const void* turned, const Norm& norm,
                    const BlockGradient& gradient, int64_t images, void* workspace) {
   using Element = typename Precision::Element;
   const ConvBlock adjoint = block.adjoint();
@@ -313,15 +327,10 @@ void backward_wide(const ConvBlock& block, const void* turned, const InstanceNor
     const int64_t now = smaller(at_once, images - begin);
     for (int64_t i = 0; i < now; ++i) {
       const int64_t image = begin + i;
+      const NormBackward norm_backward{block, norm, gradient, of_conv + i * block.conv_size()};
       for (int64_t k = 0; k < filters; k += kLanes) {
-        const auto statistics =
-            Statistics::read(gradient.statistics + image * 2 * filters + k, filters);
-        normalise_and_pool_adjoint(
-            block, {gradient.z + image * block.conv_size() + k, block.conv_width(), filters},
-            statistics, Scaling(statistics, norm, k),
-            {gradient.gradient + image * block.out_size() + k, block.out_width(), filters},
-            {of_conv + i * block.conv_size() + k, block.conv_width(), filters},
-            gradient.norm_gradients + image * 2 * filters + k, filters);
+        norm_backward({gradient.z + image * block.conv_size() + k, block.conv_width(), filters},
+                      image, k);
       }
       if (gradient.inputs) {
         const int64_t tile = gradient.first_tile + image * block.tiles();

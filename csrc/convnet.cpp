@@ -47,7 +47,7 @@ class ConvNet {
       for (size_t j = i; j < i + 3; ++j) dense_.push_back(contiguous(kOp, weights[j]));
       blocks_.push_back({shape,
                          {dense_[i + 1].const_data_ptr<float>(),
-                          dense_[i + 2].const_data_ptr<float>(), static_cast<float>(eps)},
+                          dense_[i + 2].const_data_ptr<float>(), static_cast<float>(eps), nullptr},
                          kernels_.images_at_once(shape)});
       channels = shape.filters;
       height = shape.out_height();
@@ -82,7 +82,7 @@ class ConvNet {
  private:
   struct Block {
     ConvBlock shape;
-    InstanceNorm norm;
+    Norm norm;
     int64_t images_at_once;
     const void* packed = nullptr;
 

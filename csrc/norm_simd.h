@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Instance norm, ReLU and 2x2 mean pooling of one image on vectors of channels, and their adjoint.
+// Norm, ReLU and 2x2 mean pooling of one image on vectors of channels, and their adjoint.
 // As winograd_simd.h, for one source of each instruction set.
 #pragma once
 
@@ -59,7 +59,7 @@ struct Statistics {
 struct Scaling {
   Vector weight, factor, term;
 
-  DMFAST_INLINE Scaling(const Statistics& statistics, const InstanceNorm& norm, int64_t filter)
+  DMFAST_INLINE Scaling(const Statistics& statistics, const Norm& norm, int64_t filter)
       : weight(norm.weight ? load(norm.weight + filter) : splat(1.0f)) {
     const Vector bias = norm.bias ? load(norm.bias + filter) : Vector{};
     factor = statistics.deviation * weight;
@@ -82,13 +82,28 @@ DMFAST_INLINE void normalise_and_pool(const ConvBlock& block, const Plane<const 
   }
 }
 
-// The gradient of z from that of the pooled output; it may be written over z. norm_gradients takes
-// those of the norm's weight and bias.
-DMFAST_INLINE void normalise_and_pool_adjoint(const ConvBlock& block, const Plane<const float>& z,
-                                              const Statistics& statistics, const Scaling& scaling,
-                                              const Plane<const float>& gradient,
-                                              const Plane<float>& z_gradient, float* norm_gradients,
-                                              int64_t filters) {
+// The gradients of a norm's weight and bias.
+struct NormGradient {
+  Vector weight, bias;
+
+  static DMFAST_INLINE NormGradient read(const float* from, int64_t filters) {
+    return {load(from), load(from + filters)};
+  }
+
+  DMFAST_INLINE void write(float* to, int64_t filters) const {
+    store(to, weight);
+    store(to + filters, bias);
+  }
+
+  DMFAST_INLINE NormGradient operator*(float factor) const {
+    return {weight * factor, bias * factor};
+  }
+};
+
+// That of one image, from the gradient of the pooled output.
+DMFAST_INLINE NormGradient norm_gradient(const ConvBlock& block, const Plane<const float>& z,
+                                         const Statistics& statistics, const Scaling& scaling,
+                                         const Plane<const float>& gradient) {
   Vector of_weight{}, of_bias{};
   for (int64_t y = 0; y < block.out_height(); ++y) {
     Vector row_weight{}, row_bias{};
@@ -104,16 +119,21 @@ DMFAST_INLINE void normalise_and_pool_adjoint(const ConvBlock& block, const Plan
     of_weight += row_weight;
     of_bias += row_bias;
   }
-  store(norm_gradients, of_weight);
-  store(norm_gradients + filters, of_bias);
-  const int64_t pixels = block.conv_height() * block.conv_width();
-  const float share = 1.0f / static_cast<float>(pixels);
-  const Vector mean_bias = of_bias * share, mean_weight = of_weight * share;
+  return {of_weight, of_bias};
+}
+
+// The gradient of z from that of the pooled output; it may be written over z. `share` is what the
+// norm's gradients come to a pixel.
+DMFAST_INLINE void normalise_and_pool_adjoint(const ConvBlock& block, const Plane<const float>& z,
+                                              const Statistics& statistics, const Scaling& scaling,
+                                              const Plane<const float>& gradient,
+                                              const NormGradient& share,
+                                              const Plane<float>& z_gradient) {
   const auto put = [&](int64_t y, int64_t x, Vector shared) {
     const float* value = z.at(y, x);
     const Vector passed = scaling(value) <= 0.0f ? Vector{} : shared;
     const Vector normal = (load(value) - statistics.mean) * statistics.deviation;
-    store(z_gradient.at(y, x), (passed - mean_bias - normal * mean_weight) * scaling.factor);
+    store(z_gradient.at(y, x), (passed - share.bias - normal * share.weight) * scaling.factor);
   };
   const int64_t pooled_rows = 2 * block.out_height(), pooled_columns = 2 * block.out_width();
   for (int64_t y = 0; y < block.conv_height(); ++y) {
@@ -124,6 +144,35 @@ DMFAST_INLINE void normalise_and_pool_adjoint(const ConvBlock& block, const Plan
     }
   }
 }
+
+// One image's part of a block's backward that comes before the convolution's, a vector of filters
+// from k on: the norm's gradients, where they are not there, and that of z, where it is wanted.
+struct NormBackward {
+  const ConvBlock& block;
+  const Norm& norm;
+  const BlockGradient& gradient;
+  float* z_gradient;  // [conv_size] or null
+
+  DMFAST_INLINE void operator()(const Plane<const float>& z, int64_t image, int64_t k) const {
+    const int64_t filters = block.filters;
+    const Statistics statistics = Statistics::read(
+        norm.given ? norm.given + k : gradient.statistics + image * 2 * filters + k, filters);
+    const Scaling scaling(statistics, norm, k);
+    const Plane<const float> upstream{gradient.gradient + image * block.out_size() + k,
+                                      block.out_width(), filters};
+    NormGradient share{};
+    if (gradient.shares) {
+      share = NormGradient::read(gradient.shares + k, filters);
+    } else {
+      const NormGradient found = norm_gradient(block, z, statistics, scaling, upstream);
+      found.write(gradient.norm_gradients + image * 2 * filters + k, filters);
+      share = found * (1.0f / static_cast<float>(block.conv_height() * block.conv_width()));
+    }
+    if (!z_gradient) return;
+    normalise_and_pool_adjoint(block, z, statistics, scaling, upstream, share,
+                               {z_gradient + k, block.conv_width(), filters});
+  }
+};
 
 }  // namespace
 }  // namespace dmfast

@@ -36,6 +36,17 @@ STABLE_TORCH_LIBRARY(dmfast, m) {
       "_conv_norm_relu_pool_backward(Tensor gradient, Tensor x, Tensor conv_weight, "
       "Tensor? weight, Tensor? bias, Tensor z, Tensor statistics, int padding, bool bfloat16, "
       "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  // By statistics [2, filters], mean and variance, of all images: those given, or the images' own.
+  m.def(
+      "conv_batch_norm_relu_pool(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, "
+      "Tensor? statistics, float eps, int padding, bool bfloat16, bool keep) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "_conv_batch_norm_relu_pool_backward(Tensor gradient, Tensor x, Tensor conv_weight, "
+      "Tensor? weight, Tensor? bias, Tensor z, Tensor statistics, bool is_given, float eps, "
+      "int padding, bool bfloat16, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_conv_batch_statistics(Tensor x, Tensor conv_weight, int padding, bool bfloat16) -> Tensor");
   // On a GPU; x is bfloat16, the parameters float32, packed what the third makes of conv_weight.
   m.def(
       "_fused_block(Tensor x, Tensor conv_weight, Tensor? weight, Tensor? bias, Tensor? packed, "

@@ -154,7 +154,7 @@ DMFAST_INLINE Vector convolve_thin(const ConvBlock& block, const float* u,
 }
 
 template <int kChannels>
-void forward_thin(const ConvBlock& block, const float* packed, const InstanceNorm& norm,
+void forward_thin(const ConvBlock& block, const float* packed, const Norm& norm,
                   const BlockInput& x, int64_t images, float* out, float* statistics,
                   void* workspace) {
   const ThinScratch scratch(block, false, workspace);
@@ -166,8 +166,11 @@ void forward_thin(const ConvBlock& block, const float* packed, const InstanceNor
     for (int64_t k = 0; k < filters; k += kLanes) {
       const Vector sum =
           convolve_thin<kChannels>(block, packed + k * kPoints * kChannels, scratch, conv);
-      const Statistics found = Statistics::of(values, block.conv_height(), sum, norm.eps);
+      const Statistics found = norm.given
+                                   ? Statistics::read(norm.given + k, filters)
+                                   : Statistics::of(values, block.conv_height(), sum, norm.eps);
       if (statistics) found.write(statistics + image * 2 * filters + k, filters);
+      if (!out) continue;
       normalise_and_pool(block, values, Scaling(found, norm, k),
                          {out + image * block.out_size() + k, block.out_width(), filters});
     }
@@ -272,23 +275,18 @@ void input_gradient_thin(const ConvBlock& block, const float* turned, const floa
 
 template <int kChannels>
 void backward_thin(const ConvBlock& block, const float* packed, const float* turned,
-                   const InstanceNorm& norm, const BlockGradient& gradient, int64_t images,
+                   const Norm& norm, const BlockGradient& gradient, int64_t images,
                    void* workspace) {
   const ThinScratch scratch(block, true, workspace);
   const int64_t filters = block.filters;
   const Plane<float> conv{scratch.conv, block.conv_width(), kLanes};
+  const NormBackward norm_backward{block, norm, gradient, scratch.gradient};
   __builtin_memset(scratch.zeros, 0, sizeof(float) * filters);
   for (int64_t image = 0; image < images; ++image) {
     take_in<kChannels>(block, gradient.x, image, scratch);
     for (int64_t k = 0; k < filters; k += kLanes) {
       convolve_thin<kChannels>(block, packed + k * kPoints * kChannels, scratch, conv);
-      const auto statistics =
-          Statistics::read(gradient.statistics + image * 2 * filters + k, filters);
-      normalise_and_pool_adjoint(
-          block, {conv.data, conv.width, conv.pixel}, statistics, Scaling(statistics, norm, k),
-          {gradient.gradient + image * block.out_size() + k, block.out_width(), filters},
-          {scratch.gradient + k, block.conv_width(), filters},
-          gradient.norm_gradients + image * 2 * filters + k, filters);
+      norm_backward({conv.data, conv.width, conv.pixel}, image, k);
       if (gradient.weight_partials) {
         weight_partials_thin<kChannels>(
             block, scratch, {scratch.gradient + k, block.conv_width(), filters}, filters,
@@ -298,6 +296,21 @@ void backward_thin(const ConvBlock& block, const float* packed, const float* tur
     if (gradient.x_gradient) {
       input_gradient_thin<kChannels>(block, turned, scratch.gradient, scratch.zeros,
                                      gradient.x_gradient + image * block.input_size());
+    }
+  }
+}
+
+template <int kChannels>
+void norm_backward_thin(const ConvBlock& block, const float* packed, const Norm& norm,
+                        const BlockGradient& gradient, int64_t images, void* workspace) {
+  const ThinScratch scratch(block, true, workspace);
+  const Plane<float> conv{scratch.conv, block.conv_width(), kLanes};
+  const NormBackward norm_backward{block, norm, gradient, nullptr};
+  for (int64_t image = 0; image < images; ++image) {
+    take_in<kChannels>(block, gradient.x, image, scratch);
+    for (int64_t k = 0; k < block.filters; k += kLanes) {
+      convolve_thin<kChannels>(block, packed + k * kPoints * kChannels, scratch, conv);
+      norm_backward({conv.data, conv.width, conv.pixel}, image, k);
     }
   }
 }
@@ -375,9 +388,8 @@ DMFAST_INLINE void with_precision(const ConvBlock& block, const Body& body) {
   }
 }
 
-void forward(const ConvBlock& block, const void* packed, const InstanceNorm& norm,
-             const BlockInput& x, int64_t images, float* out, float* z, float* statistics,
-             void* workspace) {
+void forward(const ConvBlock& block, const void* packed, const Norm& norm, const BlockInput& x,
+             int64_t images, float* out, float* z, float* statistics, void* workspace) {
   if (block.thin()) {
     with_channels(block, [&](auto channels) {
       forward_thin<decltype(channels)::value>(block, static_cast<const float*>(packed), norm, x,
@@ -391,9 +403,8 @@ void forward(const ConvBlock& block, const void* packed, const InstanceNorm& nor
   });
 }
 
-void backward(const ConvBlock& block, const void* packed, const void* turned,
-              const InstanceNorm& norm, const BlockGradient& gradient, int64_t images,
-              void* workspace) {
+void backward(const ConvBlock& block, const void* packed, const void* turned, const Norm& norm,
+              const BlockGradient& gradient, int64_t images, void* workspace) {
   if (block.thin()) {
     with_channels(block, [&](auto channels) {
       backward_thin<decltype(channels)::value>(block, static_cast<const float*>(packed),
@@ -404,6 +415,24 @@ void backward(const ConvBlock& block, const void* packed, const void* turned,
     backward_wide<BFloat16>(block, turned, norm, gradient, images, workspace);
   } else {
     backward_wide<Float32>(block, turned, norm, gradient, images, workspace);
+  }
+}
+
+void norm_backward(const ConvBlock& block, const void* packed, const Norm& norm,
+                   const BlockGradient& gradient, int64_t images, void* workspace) {
+  if (block.thin()) {
+    with_channels(block, [&](auto channels) {
+      norm_backward_thin<decltype(channels)::value>(block, static_cast<const float*>(packed), norm,
+                                                    gradient, images, workspace);
+    });
+    return;
+  }
+  const NormBackward of_image{block, norm, gradient, nullptr};
+  for (int64_t image = 0; image < images; ++image) {
+    for (int64_t k = 0; k < block.filters; k += kLanes) {
+      of_image({gradient.z + image * block.conv_size() + k, block.conv_width(), block.filters},
+               image, k);
+    }
   }
 }
 
@@ -430,7 +459,9 @@ const ConvBlockKernels kernels = {packed_bytes,
                                   images_at_once,
                                   workspace_bytes,
                                   forward,
+                                  pool,
                                   backward,
+                                  norm_backward,
                                   transforms_bytes,
                                   weight_gradient,
                                   weight_gradient_out_wide};

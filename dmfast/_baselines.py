@@ -29,7 +29,7 @@ from . import ops
 from .augment import IDENTITY, STRENGTH, Column
 from .data import ImageData
 from .devices import autocast, synchronise
-from .networks import ConvNet, Network, get_network, initialise_
+from .networks import ConvNet, Network, get_network, has_batch_norm, initialise_
 from .ops import Stream
 from .training import PROTOCOLS
 
@@ -165,7 +165,7 @@ def _grids(x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
 
 
 class PublishedIteration:
-    """Iterations of distribution matching, instance norm's branch, as published."""
+    """Iterations of distribution matching as published: class by class, or with batch norm all."""
 
     def __init__(
         self,
@@ -207,15 +207,28 @@ class PublishedIteration:
         """The loss for these draws: of each class the rows of its real images, and a seed."""
         loss = torch.tensor(0.0).to(self._device)
         shape = (self._ipc, *self.images.shape[1:])
+        whole = has_batch_norm(network)
+        all_real, all_synthetic = [], []
         for k, rows in enumerate(batches):
             real = self._real[rows]
             synthetic = self.images[k * self._ipc : (k + 1) * self._ipc].reshape(shape)
             if seeds:
                 real = self._augment(real, seeds[k])
                 synthetic = self._augment(synthetic, seeds[k])
+            if whole:
+                all_real.append(real)
+                all_synthetic.append(synthetic)
+                continue
             of_real = network.embed(real).detach()
             of_synthetic = network.embed(synthetic)
             loss = loss + torch.sum((of_real.mean(dim=0) - of_synthetic.mean(dim=0)) ** 2)
+        if whole:
+            real = network.embed(torch.cat(all_real)).detach()
+            synthetic = network.embed(torch.cat(all_synthetic))
+            real, synthetic = (
+                rows.reshape(len(batches), -1, rows.shape[1]) for rows in (real, synthetic)
+            )
+            loss = loss + torch.sum((real.mean(dim=1) - synthetic.mean(dim=1)) ** 2)
         return loss
 
 
@@ -439,7 +452,10 @@ class TidiedIteration:
         self.forms = {"real": real, "synthetic": synthetic}
 
     def _passes(self, images: int) -> Iterator[slice]:
-        """The classes in groups of at most so many images a pass."""
+        """The classes in groups of at most so many images a pass; with batch norm all at once."""
+        if has_batch_norm(self._network):
+            yield slice(0, self._classes)
+            return
         step = max(1, _IMAGES_PER_PASS[self._device.type] // images)
         for first in range(0, self._classes, step):
             yield slice(first, min(first + step, self._classes))

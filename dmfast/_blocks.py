@@ -133,10 +133,10 @@ def _(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_x = like_images(x) if wanted[0] else x.new_empty(0)
-    return of_x, _like_parameter(weight, wanted[1], x), _like_parameter(bias, wanted[2], x)
+    return of_x, like_parameter(weight, wanted[1], x), like_parameter(bias, wanted[2], x)
 
 
-def _like_parameter(parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
+def like_parameter(parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
     if parameter is None or not wanted:
         return x.new_empty(0)
     return torch.empty_like(parameter, memory_format=torch.contiguous_format)
@@ -262,7 +262,7 @@ def conv_norm_relu_pool(
     _checks.tensors(op, {"x": x, "conv_weight": conv_weight}, {"weight": weight, "bias": bias})
     check_precision(op, precision)
     eps, padding = check_eps(op, eps), check_padding(op, padding)
-    _check_block(op, x, conv_weight, weight, bias, padding)
+    check_block(op, x, conv_weight, weight, bias, padding)
     fused = is_fused([conv_weight], padding, precision, x.dtype)
     bfloat16 = (precision or str(x.dtype)) in ("bfloat16", "torch.bfloat16")
     if not fused or x.device.type != "cpu":
@@ -390,7 +390,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of_x = channels_last_like(x, x.shape) if wanted[0] else x.new_empty(0)
     parameters = zip((conv_weight, weight, bias), wanted[1:], strict=True)
-    of_conv, of_weight, of_bias = (_like_parameter(p, want, x) for p, want in parameters)
+    of_conv, of_weight, of_bias = (like_parameter(p, want, x) for p, want in parameters)
     return of_x, of_conv, of_weight, of_bias
 
 
@@ -499,7 +499,7 @@ def _check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) 
         )
 
 
-def _check_block(
+def check_block(
     op: str,
     x: Tensor,
     conv_weight: Tensor,

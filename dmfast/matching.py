@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._in_parts import can_be_in_parts, embed_in_parts
 from ._ranges import stage
 from .data import ImageData
 from .devices import autocast, memory_format, repeatable
@@ -30,6 +31,10 @@ from .prefetch import Prefetcher
 _PIXELS_PER_PASS = {"cpu": 256 * 32 * 32, "cuda": 4096 * 32 * 32}
 # The embeddings of a chunk's real images are kept until its loss is taken: 8 KB each for ConvNet.
 _PASSES_PER_CHUNK = 16
+# Under batch norm all real images go through a layer before any goes through the next. Where a
+# value of 128 channels for each of their pixels takes more than this, some go at a time, and what
+# is kept between two layers takes no more.
+_BATCH_NORM_BYTES = 4 * 2**30
 
 
 #: What synthetic images can start from.
@@ -108,6 +113,7 @@ def plan(
     *,
     classes_per_step: int | None = None,
     whole: bool = False,
+    in_one_pass: bool = False,
 ) -> tuple[Chunk, ...]:
     """Divides an iteration so that its memory is bounded; the sums differ by rounding only.
 
@@ -119,12 +125,16 @@ def plan(
         ipc: synthetic images a class.
         size: (H, W) of the images.
         classes_per_step: classes a chunk; None: as many as fit the device's usual pass.
-        whole: everything in one chunk and one pass, as batch norm needs it.
+        whole: everything in one chunk, as batch norm needs it; and in one pass, unless it is so
+            much that it is rather embedded in parts, and ``in_one_pass`` does not forbid that.
     """
     classes = len(offsets) - 1
     per_pass = max(1, _PIXELS_PER_PASS[device.type] // (size[0] * size[1]))
     if whole:
-        classes_per_step, per_pass = classes, offsets[-1]
+        classes_per_step = classes
+        of_layer = offsets[-1] * size[0] * size[1] * 128 * 4
+        if in_one_pass or of_layer <= _BATCH_NORM_BYTES:
+            per_pass = offsets[-1]
     elif classes_per_step is None:
         largest = max(end - start for start, end in itertools.pairwise(offsets))
         classes_per_step = max(1, min(per_pass // ipc, _PASSES_PER_CHUNK * per_pass // largest))
@@ -228,29 +238,30 @@ def _embed_real(
             precision=precision,
         )
         return means, None
-    embeddings = [
-        _embed_pass(network, real, index[part.rows], params, part.offsets, precision)
+    passes = [
+        partial(_gather_pass, real, index[part.rows], params, part.offsets, precision)
         for part in chunk.passes
     ]
+    with autocast(device, precision):
+        if len(passes) > 1 and has_batch_norm(network):
+            embeddings = embed_in_parts(network, passes, kept_bytes=_BATCH_NORM_BYTES)
+        else:
+            embeddings = [network.embed(gather()) for gather in passes]
     return torch.cat(embeddings), chunk.offsets
 
 
-def _embed_pass(
-    network: Network,
-    real: RealImages,
-    index: Tensor,
-    params: Tensor,
-    offsets: Tensor,
-    precision: str,
+def _gather_pass(
+    real: RealImages, index: Tensor, params: Tensor, offsets: Tensor, precision: str
 ) -> Tensor:
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    # On a CPU bfloat16 is of the products alone.
+    narrow = precision == "bfloat16" and index.device.type != "cpu"
+    dtype = torch.bfloat16 if narrow else torch.float32
     images = ops.gather_augment(real.images, index, params, real.mean, real.std, dtype, offsets)
     if memory_format(index.device) is torch.contiguous_format:
         # Not contiguous(): one channel is so in either layout, and would keep the strides by which
         # convolutions take it for channels_last.
         images = images.clone(memory_format=torch.contiguous_format)
-    with autocast(index.device, precision):
-        return network.embed(images)
+    return images
 
 
 class Matching(Protocol):
@@ -363,6 +374,7 @@ class Matcher:
             data.size,
             device,
             whole=self._whole,
+            in_one_pass=self._whole and not can_be_in_parts(network),
         )
         self._chunks = self._plan(classes_per_step=classes_per_step)
         self._classes, self._size = data.classes, data.size

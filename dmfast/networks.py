@@ -44,14 +44,39 @@ class Network(nn.Module):
 
 
 class FusedBlock(NamedTuple):
-    """A block as :func:`dmfast.ops.conv_norm_relu_pool` takes it.
+    """A block as :func:`dmfast.ops.conv_norm_relu_pool` or ``conv_batch_norm_relu_pool`` takes it.
 
-    ``weights`` are the convolution's, the norm's weight and its bias.
+    ``weights`` are the convolution's, the norm's weight and its bias. With batch norm there are its
+    layer, which keeps running statistics, and the convolution's bias, which is part of them.
     """
 
     weights: tuple[Tensor, Tensor, Tensor]
     eps: float
     padding: int
+    batch_norm: nn.BatchNorm2d | None = None
+    conv_bias: Tensor | None = None
+
+    def __call__(self, x: Tensor, precision: str | None) -> Tensor:
+        """What the block makes of images [N, C, H, W]."""
+        norm, conv_bias = self.batch_norm, self.conv_bias
+        if norm is None or conv_bias is None:
+            return ops.conv_norm_relu_pool(
+                x, *self.weights, self.eps, self.padding, precision=precision
+            )
+        running_mean, running_var = norm.running_mean, norm.running_var
+        assert running_mean is not None
+        assert running_var is not None
+        statistics = None
+        if not norm.training:
+            statistics = torch.stack([running_mean - conv_bias.detach(), running_var])
+        out, found = ops.conv_batch_norm_relu_pool(
+            x, *self.weights, self.eps, self.padding, precision, statistics
+        )
+        if norm.training:
+            count = x.shape[0] * (x.shape[2] + 2 * self.padding - 2)
+            count *= x.shape[3] + 2 * self.padding - 2
+            _track(norm, found[0] + conv_bias.detach(), found[1], count)
+        return out
 
 
 class ConvNet(Network):
@@ -62,8 +87,10 @@ class ConvNet(Network):
     28x28 becomes 32x32; odd sides lose a row or column in pooling.
 
     Where :func:`dmfast.ops.conv_norm_relu_pool` takes its blocks, which is with norm IN, activation
-    R and pool AP, ``embed`` goes by it. There is no second derivative then; ``fused`` set to False
-    has it go by torch's own layers, as do layers that were replaced or hooked, forward mode and
+    R and pool AP, ``embed`` goes by it, and on a CPU with norm BN by
+    :func:`dmfast.ops.conv_batch_norm_relu_pool`. There is no second derivative then; ``fused`` set
+    to False has it go by torch's own layers, as do layers that were replaced or hooked, forward
+    mode and
     ``torch.func``, and on a GPU ``DMFAST_GPU=torch``. Under autocast to bfloat16 the products are
     of bfloat16, and on a GPU what passes from block to block; the embedding keeps the dtype of the
     images.
@@ -120,11 +147,11 @@ class ConvNet(Network):
     @property
     def plain(self) -> bool:
         """Whether its blocks are the published default: norm IN, ReLU and mean pooling."""
-        return _blocks(self.features) is not None
+        return _instance_norm_only(_blocks(self.features)) is not None
 
     def embed(self, x: Tensor) -> Tensor:
         """See :class:`Network`."""
-        blocks = self.fused_blocks(x.device, x.dtype)
+        blocks = self._fused_blocks(x.device, x.dtype)
         if blocks is None:
             return super().embed(x)
         return through_blocks(x, blocks)
@@ -132,7 +159,22 @@ class ConvNet(Network):
     def fused_blocks(
         self, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> list[FusedBlock] | None:
-        """The blocks, or None where images of that dtype and device go by torch's own layers."""
+        """The blocks, or None where images of that dtype and device go by torch's own layers.
+
+        Those with instance norm alone.
+        """
+        return _instance_norm_only(self._fused_blocks(device, dtype))
+
+    def batch_norm_blocks(
+        self, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> list[FusedBlock] | None:
+        """Like :meth:`fused_blocks`, those with batch norm alone."""
+        blocks = self._fused_blocks(device, dtype)
+        if blocks is None or any(block.batch_norm is None for block in blocks):
+            return None
+        return blocks
+
+    def _fused_blocks(self, device: torch.device, dtype: torch.dtype) -> list[FusedBlock] | None:
         if not self.fused or _is_transformed():
             return None
         blocks = _blocks(self.features)
@@ -140,6 +182,8 @@ class ConvNet(Network):
             return None
         padding = max(block.padding for block in blocks)
         conv_weights = [block.weights[0] for block in blocks]
+        if device.type != "cpu" and _instance_norm_only(blocks) is None:
+            return None
         return blocks if is_fused(conv_weights, padding, None, dtype) else None
 
 
@@ -154,9 +198,7 @@ def through_blocks(x: Tensor, blocks: Sequence[FusedBlock]) -> Tensor:
         if device != "cpu":
             x = x.to(torch.bfloat16)
     for block in blocks:
-        x = ops.conv_norm_relu_pool(
-            x, *block.weights, block.eps, block.padding, precision=precision
-        )
+        x = block(x, precision)
     return x.flatten(1).to(dtype)
 
 
@@ -171,8 +213,7 @@ def _blocks(features: nn.Module) -> list[FusedBlock] | None:
     blocks = []
     for first in range(0, len(layers), 4):
         conv, norm, activation, pool = layers[first : first + 4]
-        types = type(conv), type(norm), type(activation), type(pool)
-        if types != (nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d):
+        if (type(conv), type(activation), type(pool)) != (nn.Conv2d, nn.ReLU, nn.AvgPool2d):
             return None
         plain = (
             conv.kernel_size == (3, 3)
@@ -181,8 +222,7 @@ def _blocks(features: nn.Module) -> list[FusedBlock] | None:
             and conv.padding_mode == "zeros"
             and conv.padding in ((1, 1), (conv.padding[0],) * 2 if first == 0 else (1, 1))
             and conv.bias is not None
-            and norm.num_groups == norm.num_channels
-            and norm.affine
+            and (_is_instance_norm(norm) or _is_batch_norm(norm))
             and norm.eps == layers[1].eps
             and (pool.kernel_size, pool.stride, pool.padding) == (2, 2, 0)
             and not pool.ceil_mode
@@ -193,8 +233,42 @@ def _blocks(features: nn.Module) -> list[FusedBlock] | None:
         if torch.is_grad_enabled() and conv.bias.requires_grad:
             # The norm cancels the convolution's bias: its gradient is zero, but is one.
             bias = bias + 0 * conv.bias
-        blocks.append(FusedBlock((conv.weight, norm.weight, bias), norm.eps, conv.padding[0]))
+        of_batch = (norm, conv.bias) if type(norm) is nn.BatchNorm2d else (None, None)
+        weights = conv.weight, norm.weight, bias
+        blocks.append(FusedBlock(weights, norm.eps, conv.padding[0], *of_batch))
     return blocks
+
+
+def _is_instance_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.GroupNorm and norm.num_groups == norm.num_channels and norm.affine
+
+
+def _is_batch_norm(norm: nn.Module) -> bool:
+    """With running statistics that move by a fixed share."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+    )
+
+
+def _instance_norm_only(blocks: list[FusedBlock] | None) -> list[FusedBlock] | None:
+    if blocks is None or any(block.batch_norm is not None for block in blocks):
+        return None
+    return blocks
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Moves the running statistics as torch does: by the variance of a sample."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.momentum is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(variance * (count / max(count - 1, 1)), norm.momentum)
 
 
 def _has_hooks(module: nn.Module) -> bool:

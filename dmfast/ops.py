@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._batch_norm import conv_batch_norm_relu_pool, conv_batch_statistics
 from ._blocks import conv_norm_relu_pool, instance_norm_relu_pool
 from ._convnet import convnet_class_mean
 from ._operators import accumulation_dtype, like_images, no_gradient
@@ -43,6 +44,8 @@ from .augment import STRENGTH, WORDS, Column, full_strength, parse_strategy
 __all__ = [
     "Stream",
     "class_mean_discrepancy",
+    "conv_batch_norm_relu_pool",
+    "conv_batch_statistics",
     "conv_norm_relu_pool",
     "convnet_class_mean",
     "draw_augmentation",

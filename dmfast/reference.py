@@ -161,6 +161,34 @@ def conv_norm_relu_pool(
     return instance_norm_relu_pool(z, weight, bias, eps)
 
 
+def conv_batch_norm_relu_pool(
+    x: Tensor,
+    conv_weight: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    padding: int = 1,
+    precision: str | None = None,
+    statistics: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`dmfast.ops.conv_batch_norm_relu_pool`, in the dtype of x whatever the precision."""
+    z = F.conv2d(x, conv_weight, padding=padding)
+    mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
+    if statistics is not None:
+        mean, variance = statistics
+    y = (z - mean[:, None, None]) / (variance[:, None, None] + eps).sqrt()
+    y = y if weight is None else y * weight[:, None, None]
+    y = y if bias is None else y + bias[:, None, None]
+    return F.avg_pool2d(F.relu(y), 2), torch.stack([mean, variance]).detach()
+
+
+def conv_batch_statistics(
+    x: Tensor, conv_weight: Tensor, padding: int = 1, precision: str | None = None
+) -> Tensor:
+    """As :func:`dmfast.ops.conv_batch_statistics`, in the dtype of x whatever the precision."""
+    return conv_batch_norm_relu_pool(x, conv_weight, padding=padding)[1]
+
+
 # ---- convnet_class_mean ------------------------------------------------------------------------
 
 

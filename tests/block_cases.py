@@ -165,6 +165,22 @@ def opcheck_samples() -> dict[str, tuple[object, Callable[[], Arguments]]]:
         block_backward_arguments(Block(16, 16, (5, 4)), [False, True, False, True]),
     )
     samples["convnet"] = op.convnet_class_mean, convnet_arguments
+    for channels in (3, 16):
+        for given in (False, True):
+            case = Block(channels, 16, (5, 6), affine="none" if given else "both")
+            name = f"{channels}-{'given' if given else 'own'}"
+            samples[f"batch-{name}"] = (
+                op.conv_batch_norm_relu_pool,
+                batch_norm_arguments(case, given),
+            )
+            samples[f"batch_backward-{name}"] = (
+                op._conv_batch_norm_relu_pool_backward,
+                batch_norm_backward_arguments(case, given, [True, given, True, not given]),
+            )
+    samples["batch-statistics"] = (
+        op._conv_batch_statistics,
+        lambda: (case.x(), case.parameters()[0], 1, False),
+    )
     return samples
 
 
@@ -203,6 +219,29 @@ def block_backward_arguments(case: Block, wanted: list[bool]) -> Callable[[], Ar
         inputs = (case.x(), *case.parameters())
         out, *kept = torch.ops.dmfast.conv_norm_relu_pool(*inputs, 1e-5, case.padding, False, True)
         return torch.ones_like(out), *inputs, *kept, case.padding, False, wanted
+
+    return arguments
+
+
+def batch_norm_arguments(case: Block, given: bool) -> Callable[[], Arguments]:
+    def arguments() -> Arguments:
+        inputs = [None if t is None else t.requires_grad_() for t in (case.x(), *case.parameters())]
+        statistics = torch.full((2, case.filters), 0.7) if given else None
+        return *inputs, statistics, 1e-5, case.padding, False, True
+
+    return arguments
+
+
+def batch_norm_backward_arguments(
+    case: Block, given: bool, wanted: list[bool]
+) -> Callable[[], Arguments]:
+    def arguments() -> Arguments:
+        inputs = (case.x(), *case.parameters())
+        statistics = torch.full((2, case.filters), 0.7) if given else None
+        out, *kept = torch.ops.dmfast.conv_batch_norm_relu_pool(
+            *inputs, statistics, 1e-5, case.padding, False, True
+        )
+        return torch.ones_like(out), *inputs, *kept, given, 1e-5, case.padding, False, wanted
 
     return arguments
 

@@ -327,6 +327,22 @@ def convolved(draw: Any) -> dict[str, Any]:
     return {"x": x} | parameters | more | {"precision": draw(st.sampled_from(PRECISIONS))}
 
 
+def batch_normed(draw: Any) -> dict[str, Any]:
+    arguments = convolved(draw)
+    if arguments["conv_weight"].dim() == 5:
+        of_networks = ("conv_weight", "weight", "bias")
+        first = {name: arguments[name] for name in of_networks if arguments[name] is not None}
+        arguments |= {name: of_all[0].clone() for name, of_all in first.items()}
+    filters = len(arguments["conv_weight"])
+    statistics = torch.stack([torch.zeros(filters), 0.5 + torch.rand(filters)])
+    return arguments | {"statistics": draw(st.sampled_from([None, statistics]))}
+
+
+def convolved_alone(draw: Any) -> dict[str, Any]:
+    arguments = batch_normed(draw)
+    return {name: arguments[name] for name in ("x", "conv_weight", "padding", "precision")}
+
+
 def blocks(x: Tensor, conv_weight: Tensor, padding: int, **rest: Any) -> Any:
     height, width = (side + 2 * int(padding) - 2 for side in x.shape[2:])
     return (x.shape[0], conv_weight.shape[-4], height // 2, width // 2), x.dtype
@@ -421,6 +437,23 @@ SUBJECTS = {
         convolved,
         blocks,
         reference.conv_norm_relu_pool,
+        tolerance=of_products,
+    ),
+    "conv_batch_norm_relu_pool": Subject(
+        lambda **arguments: ops.conv_batch_norm_relu_pool(**arguments)[0],
+        batch_normed,
+        blocks,
+        lambda **arguments: reference.conv_batch_norm_relu_pool(**arguments)[0],
+        tolerance=of_products,
+    ),
+    "conv_batch_statistics": Subject(
+        ops.conv_batch_statistics,
+        convolved_alone,
+        lambda x, conv_weight, **rest: (
+            (2, conv_weight.shape[0]),
+            torch.float64 if x.dtype == torch.float64 else torch.float32,
+        ),
+        reference.conv_batch_statistics,
         tolerance=of_products,
     ),
     "convnet_class_mean": Subject(

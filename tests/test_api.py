@@ -15,6 +15,9 @@ SURFACE = {
     "dmfast.ops": [
         "Stream",
         "class_mean_discrepancy(real, syn, classes, real_offsets=None, syn_offsets=None)",
+        "conv_batch_norm_relu_pool(x, conv_weight, weight=None, bias=None, eps=1e-05, padding=1, "
+        "precision=None, statistics=None)",
+        "conv_batch_statistics(x, conv_weight, padding=1, precision=None)",
         "conv_norm_relu_pool(x, conv_weight, weight=None, bias=None, eps=1e-05, padding=1, "
         "precision=None)",
         "convnet_class_mean(images, index, offsets, params, mean, std, weights, *, padding=1, "

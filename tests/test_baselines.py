@@ -63,10 +63,11 @@ def test_the_tidied_augmentation_is_the_operators(word: str, rows: int) -> None:
         assert close(actual, expected)
 
 
-def test_the_published_loss_and_gradient(data: ImageData) -> None:
+@pytest.mark.parametrize("model", [MODEL, "ConvNetD2W8BN"])
+def test_the_published_loss_and_gradient(data: ImageData, model: str) -> None:
     images = initial_images(data, IPC, "noise", seed=1)
-    published = baselines.PublishedIteration(data, MODEL, images, batch_real=BATCH, strategy="")
-    network = get_network(MODEL, data.channels, CLASSES, data.size, seed=3).requires_grad_(False)
+    published = baselines.PublishedIteration(data, model, images, batch_real=BATCH, strategy="")
+    network = get_network(model, data.channels, CLASSES, data.size, seed=3).requires_grad_(False)
     batches = [rows[:BATCH] for rows in published._rows]
     loss = published.loss(network, batches)
     (gradient,) = torch.autograd.grad(loss, published.images)
@@ -92,16 +93,17 @@ def test_published_steps_move_the_images(data: ImageData) -> None:
     assert not torch.equal(published.images, images)
 
 
+@pytest.mark.parametrize("model", [MODEL, "ConvNetD2W16BN"])
 @pytest.mark.parametrize("strategy", ["", STRATEGY], ids=["plain", "augmented"])
 def test_tidied_iterations_are_dmfasts(
-    data: ImageData, strategy: str, monkeypatch: pytest.MonkeyPatch
+    data: ImageData, strategy: str, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses and images of three iterations; in passes of two classes and of one."""
     monkeypatch.setitem(baselines._IMAGES_PER_PASS, "cpu", 2 * BATCH)
     images = initial_images(data, IPC, "noise", seed=1)
     options = {"batch_real": BATCH, "strategy": strategy, "seed": 7}
-    tidied = baselines.TidiedIteration(data, MODEL, images, compiled=False, **options)
-    network = get_network(MODEL, data.channels, CLASSES, data.size, seed=0)
+    tidied = baselines.TidiedIteration(data, model, images, compiled=False, **options)
+    network = get_network(model, data.channels, CLASSES, data.size, seed=0)
     ours = Matcher(data, network, images, lr=1.0, momentum=0.5, device=baselines.CPU, **options)
     for step in range(3):
         assert tidied.step(step).item() == pytest.approx(ours.step(step).item(), rel=1e-4)

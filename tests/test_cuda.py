@@ -45,6 +45,9 @@ OP = torch.ops.dmfast
 CPU_ONLY = {
     "conv_norm_relu_pool",
     "_conv_norm_relu_pool_backward",
+    "conv_batch_norm_relu_pool",
+    "_conv_batch_norm_relu_pool_backward",
+    "_conv_batch_statistics",
     "convnet_class_mean",
     "_cpu_kernels",
     "_multiply_adds",

@@ -13,7 +13,7 @@ import torch
 from golden import HERE, golden_file
 from torch import Tensor
 
-from dmfast import compat, matching, ops, reference
+from dmfast import _in_parts, compat, matching, ops, reference
 from dmfast.data import ImageData
 from dmfast.errors import InputError
 from dmfast.matching import Matcher, RealImages, descend_, initial_images, matching_gradient, plan
@@ -154,6 +154,47 @@ def test_batch_norm_sees_all_classes_at_once(data: ImageData, monkeypatch) -> No
     expected = matcher(data, "ConvNetD2W8BN").gradient(2)
     monkeypatch.setitem(matching._PIXELS_PER_PASS, "cpu", 1)
     assert_same_up_to_rounding(matcher(data, "ConvNetD2W8BN").gradient(2), expected)
+
+
+@pytest.mark.parametrize("kept", [0, 40_000, 2**30])
+@pytest.mark.parametrize(
+    "model", ["ConvNetD2W16BN", "ConvNetD2W8BN", "ConvNetD2W8ALBNMP", "ConvNetD3W16ASwishBNNP"]
+)
+def test_batch_norm_in_parts_is_that_of_all(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch, model: str, kept: int
+) -> None:
+    """With all, some or nothing kept between two layers; layers that work in place among them."""
+    asked: list[int] = []
+
+    def embed_in_parts(network, images, *, kept_bytes):
+        asked.append(len(images))
+        return _in_parts.embed_in_parts(network, images, kept_bytes=kept)
+
+    whole = matcher(data, model).gradient(2)
+    monkeypatch.setattr(matching, "embed_in_parts", embed_in_parts)
+    monkeypatch.setattr(matching, "_BATCH_NORM_BYTES", 0)
+    monkeypatch.setitem(matching._PIXELS_PER_PASS, "cpu", 5 * 12 * 8)
+    assert_same_up_to_rounding(matcher(data, model).gradient(2), whole)
+    assert asked == [5]  # of 21 images
+
+
+def test_networks_that_are_no_row_of_layers_see_all_at_once(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = get_network("ConvNetD2W8BN", 3, 3, (12, 8), seed=0)
+    assert _in_parts.can_be_in_parts(network)
+    network.features[1] = torch.nn.Sequential(network.features[1])
+    assert not _in_parts.can_be_in_parts(network)
+    assert not _in_parts.can_be_in_parts(get_network("ConvNetD2W8", 3, 3, (12, 8), seed=0))
+    monkeypatch.setattr(matching, "_BATCH_NORM_BYTES", 0)
+    monkeypatch.setitem(matching._PIXELS_PER_PASS, "cpu", 5 * 12 * 8)
+    subject = Matcher(
+        data,
+        network,
+        torch.zeros(6, 3, 12, 8),
+        **{"batch_real": 8, "strategy": "", "seed": 7, "lr": 1.0, "momentum": 0.5, "device": CPU},
+    )
+    assert len(subject._chunks[0].passes) == 1
 
 
 @pytest.mark.parametrize("images_per_pass", [1, 7, 256])

@@ -265,7 +265,8 @@ def test_fused_blocks_give_what_the_layers_do() -> None:
 
 
 CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
-    "another norm": lambda f: f.__setitem__(1, nn.BatchNorm2d(16)),
+    "another norm": lambda f: f.__setitem__(1, nn.SyncBatchNorm(16)),
+    "norms of two kinds": lambda f: f.__setitem__(1, nn.InstanceNorm2d(16, affine=True)),
     "fewer groups": lambda f: f.__setitem__(1, nn.GroupNorm(4, 16)),
     "another eps": lambda f: setattr(f[5], "eps", 1e-3),
     "reflection": lambda f: setattr(f[0], "padding_mode", "reflect"),
@@ -308,3 +309,57 @@ def test_a_second_derivative_names_the_way() -> None:
     network.fused = False
     (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
     gradient.square().sum().backward()
+
+
+# ---- batch norm by fused blocks
+
+
+def batch_norm_pair(channels: int) -> tuple[ConvNet, ConvNet]:
+    """The same network by the fused blocks and by torch's layers."""
+    made = []
+    for fused in (True, False):
+        network = get_network("ConvNetD2W16BN", channels, 4, (12, 10), seed=1)
+        assert isinstance(network, ConvNet)
+        network.fused = fused
+        made.append(network)
+    assert made[0].batch_norm_blocks(torch.device("cpu")) is not None
+    assert made[1].batch_norm_blocks(torch.device("cpu")) is None
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fused_batch_norm_trains_as_torchs_does(channels: int) -> None:
+    """Logits, gradients and running statistics, in three steps of training and then in testing."""
+    generator = torch.Generator().manual_seed(0)
+    pair = batch_norm_pair(channels)
+    optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in pair]
+    for _ in range(3):
+        images = torch.randn(6, channels, 12, 10, generator=generator)
+        results = []
+        for network, optimizer in zip(pair, optimizers, strict=True):
+            network.train()
+            x = images.clone().requires_grad_()
+            logits = network(x)
+            optimizer.zero_grad()
+            logits.square().mean().backward()
+            optimizer.step()
+            results.append([logits, x.grad])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    fused, layers = (network.state_dict() for network in pair)
+    for name, value in layers.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-4, atol=1e-5)
+    assert fused["features.1.num_batches_tracked"] == 3
+    images = torch.randn(5, channels, 12, 10, generator=generator)
+    with torch.no_grad():
+        tested = [network.eval()(images) for network in pair]
+    torch.testing.assert_close(*tested, rtol=1e-4, atol=1e-4)
+    for name, value in pair[0].state_dict().items():
+        assert torch.equal(value, fused[name])
+
+
+def test_batch_norms_that_track_otherwise_go_by_torch() -> None:
+    for change in ("momentum", "track_running_stats"):
+        network, _ = batch_norm_pair(3)
+        setattr(network.features[1], change, None if change == "momentum" else False)
+        assert network.batch_norm_blocks(torch.device("cpu")) is None

@@ -18,7 +18,7 @@ namespace {
 using dmfast::BlockGradient;
 using dmfast::BlockInput;
 using dmfast::ConvBlock;
-using dmfast::InstanceNorm;
+using dmfast::Norm;
 
 const dmfast::ConvBlockKernels& kernels = dmfast::DMFAST_SET::kernels;
 constexpr float kEps = 1e-5f;
@@ -154,6 +154,44 @@ double distance(const float* found, const double* wanted, int64_t count) {
   return std::sqrt(difference / squares);
 }
 
+// Of one image: by statistics that are given, with the gradients of the norm known or asked for
+// alone, everything is as by its own.
+void check_given(const ConvBlock& block, const Norm& own, const BlockInput& x, const void* packed,
+                 const void* turned, const BlockGradient& gradient, const float* out) {
+  const int64_t filters = block.filters;
+  const Norm norm{own.weight, own.bias, own.eps, gradient.statistics};
+  const Bytes workspace(kernels.workspace_bytes(block, false));
+  const Bytes backward_workspace(kernels.workspace_bytes(block, true));
+  const auto same = [](const char* what, const float* a, const float* b, int64_t count) {
+    if (std::equal(a, a + count, b)) return;
+    std::printf("given statistics: another %s\n", what);
+    std::exit(1);
+  };
+  Floats again(block.out_size());
+  kernels.forward(block, packed, norm, x, 1, again.data(), nullptr, nullptr, workspace.get());
+  same("result", again.data(), out, block.out_size());
+  if (!block.thin()) {
+    std::fill(again.begin(), again.end(), 0.0f);
+    kernels.pool(block, norm, gradient.z, 1, again.data());
+    same("result of z", again.data(), out, block.out_size());
+  }
+  Floats norm_gradients(2 * filters), shares(2 * filters), x_gradient(block.input_size());
+  BlockGradient part{};
+  part.x = x;
+  part.z = gradient.z;
+  part.gradient = gradient.gradient;
+  part.norm_gradients = norm_gradients.data();
+  kernels.norm_backward(block, packed, norm, part, 1, backward_workspace.get());
+  same("gradient of the norm", norm_gradients.data(), gradient.norm_gradients, 2 * filters);
+  const float share = 1.0f / static_cast<float>(block.conv_height() * block.conv_width());
+  for (int64_t k = 0; k < 2 * filters; ++k) shares[k] = norm_gradients[k] * share;
+  part.norm_gradients = nullptr;
+  part.shares = shares.data();
+  part.x_gradient = x_gradient.data();
+  kernels.backward(block, packed, turned, norm, part, 1, backward_workspace.get());
+  same("gradient", x_gradient.data(), gradient.x_gradient, block.input_size());
+}
+
 void run(Random& random) {
   const ConvBlock block = random_block(random);
   const int64_t images = random.from(1, 5), filters = block.filters, channels = block.channels;
@@ -161,7 +199,7 @@ void run(Random& random) {
   const Floats weights = random.normal(filters * channels * 9);
   const Floats scale = random.normal(filters), shift = random.normal(filters);
   const Floats gradient = random.normal(images * block.out_size());
-  const InstanceNorm norm{scale.data(), shift.data(), kEps};
+  const Norm norm{scale.data(), shift.data(), kEps, nullptr};
   const BlockInput input{x.data(), block.input_size(), 1, block.width * channels, channels};
 
   const Bytes packed(kernels.packed_bytes(block)), turned(kernels.packed_bytes(block));
@@ -210,6 +248,13 @@ void run(Random& random) {
                               sums.data() + point * channels * filters, backward_workspace.get());
     }
   }
+  BlockGradient first_image{};
+  first_image.z = block.thin() ? nullptr : z.data();
+  first_image.statistics = statistics.data();
+  first_image.gradient = gradient.data();
+  first_image.x_gradient = x_gradient.data();
+  first_image.norm_gradients = norm_gradients.data();
+  check_given(block, norm, input, packed.get(), turned.get(), first_image, out.data());
   for (int64_t first = 0; !block.thin() && first < filters; first += dmfast::kChannelStep) {
     kernels.weight_gradient_out(block, sums.data(), first, first + dmfast::kChannelStep,
                                 weight_gradient.data());
