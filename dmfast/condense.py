@@ -49,9 +49,10 @@ from .evaluator import evaluate_set
 from .gradient_matching import GradientMatcher, loops_of
 from .graphs import GRAPHS, Recorder, recorder_of
 from .loop import Loop, Reading
-from .matching import INITS, Matcher, Matching, initial_images
+from .matching import INITS, Matcher, Matching, initial_images, placed
 from .memory import keep_freed_pages
 from .networks import Network, get_network, has_batch_norm
+from .pool import NetworkPool, parse_band
 from .presets import METHODS, PRESETS, preset
 from .runs import Checkpoint, RunFolder, interrupts_deferred, locked
 from .synthetic import SyntheticSet, save_grid
@@ -63,6 +64,7 @@ _FREE_OPTIONS = frozenset(
     {
         *("iterations", "device", "data_root", "out", "resume", "overwrite", "cache", "download"),
         *("report_every", "checkpoint_every", "evaluate_every", "graph", "memory_budget"),
+        "networks_from",  # what is in it counts, not where it is
         "preset",  # only what follows from it counts
     }
 )
@@ -77,7 +79,9 @@ class CondenseConfig:
     ``outer_loops`` and ``inner_loops`` are those of :data:`dmfast.gradient_matching.LOOPS`, and
     ``out`` is a folder in ``runs`` named after the run. ``dsa_strategy`` has words joined by
     underscores, "" for no augmentation. ``classes_per_step`` is a number or ``auto``,
-    ``memory_budget`` a size as ``8G`` or ``auto``.
+    ``memory_budget`` a size as ``8G`` or ``auto``. ``networks_from`` is the folder of a pool
+    (:mod:`dmfast.pool`), of which ``band`` says what networks are drawn, as ``40-50``; all where
+    None.
 
     Raises:
         InputError: on values out of range, or options that exclude each other.
@@ -109,6 +113,8 @@ class CondenseConfig:
     classes_per_step: int | str = "auto"
     graph: str = "auto"
     memory_budget: str = "auto"
+    networks_from: str | None = None
+    band: str | None = None
     cache: bool = True
     download: bool = False
 
@@ -146,9 +152,15 @@ class CondenseConfig:
         if self.method == "dm":
             self._check_unused("dc or dsa", outer_loops=None, inner_loops=None)
         else:
-            self._check_unused("dm", classes_per_step="auto", memory_budget="auto")
+            self._check_unused(
+                "dm", classes_per_step="auto", memory_budget="auto", networks_from=None
+            )
             if self.graph == "required":
                 raise InputError(f"--graph required: --method {self.method} cannot be captured")
+        if self.band is not None:
+            if self.networks_from is None:
+                raise InputError("--band goes with --networks-from: leave it out, or name a pool")
+            parse_band(self.band)
         if self.method == "dc" and self.dsa_strategy and parse_strategy(self.dsa_strategy):
             raise InputError("--dsa-strategy: --method dc augments nothing; --method dsa does")
         if self.out == "":
@@ -177,6 +189,7 @@ class _Options(CondenseConfig):
     report_every: int = 0
     checkpoint_every: int = 0
     out: str = ""
+    pool: str = ""  # a digest of what networks are drawn from
 
     @staticmethod
     def of(config: CondenseConfig) -> _Options:
@@ -192,6 +205,11 @@ class _Options(CondenseConfig):
                     f"--iterations {options['iterations']} of {loops.outer} x {loops.inner} loops "
                     f"are more than {_MAX_ITERATIONS}"
                 )
+        if config.networks_from is not None:
+            options |= {
+                "band": config.band or "all",
+                "pool": NetworkPool.digest(config.networks_from),
+            }
         method = "" if config.method == "dm" else f"{config.method}-"
         short_name = re.sub(r"[^\w-]+", "-", Path(name).name)
         out = f"runs/{short_name}-{method}{options['model']}-ipc{config.ipc}-seed{config.seed}"
@@ -524,6 +542,11 @@ def _matching(options: _Options, source: ImageData, network: Network, images: Te
         loops = loops_of(options.ipc, options.outer_loops, options.inner_loops)
         return GradientMatcher(source, network, images, loops=loops, **shared)
     budget = memory_budget(options.memory_budget, device)
+    pool = None
+    if options.networks_from is not None:
+        assert options.band is not None
+        network = placed(network, device)
+        pool = NetworkPool(options.networks_from, options.band, network, options.model)
     per_step = options.classes_per_step
     matcher = Matcher(
         source,
@@ -531,6 +554,7 @@ def _matching(options: _Options, source: ImageData, network: Network, images: Te
         images,
         classes_per_step=None if per_step == "auto" else int(per_step),
         memory_budget=budget,
+        pool=pool,
         **shared,
     )
     if matcher.streams:
@@ -547,7 +571,7 @@ def _check_options(options: _Options, checkpoint: Checkpoint, folder: RunFolder)
         name: (before, value)
         for name, value in options.fixed().items()
         # A run from before there was an option has its default.
-        if (before := checkpoint.options.get(name, getattr(CondenseConfig, name))) != value
+        if (before := checkpoint.options.get(name, _default(name))) != value
     }
     if others:
         words = (f"{_flag(name)} {old!r}, not {new!r}" for name, (old, new) in others.items())
@@ -555,6 +579,10 @@ def _check_options(options: _Options, checkpoint: Checkpoint, folder: RunFolder)
             f"{folder.path} was begun with {'; '.join(words)}: resume it with the same, choose "
             "another --out, or start anew with --overwrite"
         )
+
+
+def _default(option: str) -> Any:
+    return getattr(CondenseConfig, option, getattr(_Options, option))
 
 
 @contextmanager
@@ -741,6 +769,16 @@ def _parser() -> cli.Parser:
         metavar="KIND",
         help="whether an iteration is captured once in a CUDA graph and then replayed: auto (on a "
         "GPU, else made eagerly), required (or fail) or off",
+    )
+    add(
+        "--networks-from",
+        metavar="POOL",
+        help="draw the networks from this folder of python -m dmfast.pretrain (default: random)",
+    )
+    add(
+        "--band",
+        metavar="LOW-HIGH",
+        help="those of an accuracy in %% from LOW to below HIGH, as 40-50 or 70-; or all",
     )
     add(
         "--memory-budget",

@@ -24,6 +24,7 @@ from .devices import autocast, memory_format, repeatable
 from .errors import InputError
 from .networks import ConvNet, Network, drawn_weights, has_batch_norm, initialise_
 from .ops import Stream
+from .pool import NetworkPool
 from .prefetch import Prefetcher
 
 # How many images a forward pass takes, in pixels, by device type. On a CPU, of 32 to 512 images of
@@ -328,6 +329,7 @@ class Matcher:
         precision: str = "float32",
         classes_per_step: int | None = None,
         memory_budget: int | None = None,
+        pool: NetworkPool | None = None,
         device: torch.device,
     ) -> None:
         """Starts from ``images`` (copied) at rest.
@@ -341,13 +343,14 @@ class Matcher:
             classes_per_step: see :func:`plan`; without effect under batch norm.
             memory_budget: bytes of the device that the real images may take; None: any number.
                 The results do not depend on it.
+            pool: one of ``network``, from which its weights are drawn; None: at random.
         """
         self.images = images.to(device, copy=True, memory_format=memory_format(device))
         self.momentum_buffer = torch.zeros_like(self.images)
         self._network = placed(network, device).train().requires_grad_(False)
         # After that the norms stay the identity: they are not trained, and go by their own batch.
         initialise_(self._network, seed, 0)
-        self._weights = drawn_weights(self._network)
+        self._weights, self._pool = drawn_weights(self._network), pool
         order, class_offsets = data.by_class()
         offsets, self._rows = data.batch_offsets(batch_real)
         draw = partial(ops.draw_batch, rows=self._rows, seed=seed, stream=Stream.REAL_BATCH)
@@ -431,7 +434,10 @@ class Matcher:
             self.load(step)
         with repeatable():
             with stage("weights"):
-                ops.draw_weights_(*self._weights, self._seed, step, stream=Stream.WEIGHTS)
+                if self._pool is None:
+                    ops.draw_weights_(*self._weights, self._seed, step, stream=Stream.WEIGHTS)
+                else:
+                    self._pool.load_(self._seed, step)
             with stage("draw"):
                 index = self._draw(step=step)
                 params = ops.draw_augmentation(
