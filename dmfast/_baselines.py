@@ -42,8 +42,9 @@ _IMAGES_PER_PASS = {"cpu": 256, "cuda": 4096}
 def torch_network(model: str, data: ImageData, seed: int | None = None) -> Network:
     """The network of that name in torch's own layers."""
     network = get_network(model, data.channels, data.classes, data.size, seed)
-    if isinstance(network, ConvNet):
-        network.fused = False
+    for module in network.modules():
+        if isinstance(module, ConvNet):
+            module.fused = False
     return network
 
 
@@ -432,7 +433,7 @@ class TidiedIteration:
         self._pass = images.new_empty(
             next(self._passes(batch_real)).stop * batch_real, *images[0].shape
         )
-        self._means = images.new_empty(data.classes, self._network.classifier.in_features)
+        self._means = images.new_empty(data.classes, self._network.embedding_size)
 
         def embed(x: Tensor) -> Tensor:
             with autocast(device, precision):

@@ -7,6 +7,7 @@ import argparse
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,18 @@ def disk_words(error: OSError) -> tuple[str, str]:
     """What the system says went wrong, and what the user can do about it."""
     remedy = _REMEDIES.get(error.errno or 0, "check that it is there and may be used")
     return error.strerror or str(error), remedy
+
+
+def parse_shape(option: str, text: str) -> tuple[int, int, int]:
+    """The shape of an image, (C, H, W).
+
+    Raises:
+        InputError: it is not written as ``3x32x32``.
+    """
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise InputError(f"{option}: a shape is CxHxW, as 3x32x32, got {text!r}")
+    channels, height, width = (int(side) for side in text.split("x"))
+    return channels, height, width
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from . import charts, cli
+from ._own import model_file
+from ._own import short_name as short_model_name
 from .augment import WORDS, parse_strategy
 from .data import ImageData, canonical_name
 from .data import load as load_data
@@ -51,9 +53,9 @@ from .graphs import GRAPHS, Recorder, recorder_of
 from .loop import Loop, Reading
 from .matching import INITS, Matcher, Matching, initial_images, placed
 from .memory import keep_freed_pages
-from .networks import Network, get_network, has_batch_norm
+from .networks import MODELS, Network, get_network, has_batch_norm
 from .pool import NetworkPool, parse_band
-from .presets import METHODS, PRESETS, preset
+from .presets import METHODS, PRESETS, caution, preset
 from .runs import Checkpoint, RunFolder, interrupts_deferred, locked
 from .synthetic import SyntheticSet, save_grid
 
@@ -190,12 +192,14 @@ class _Options(CondenseConfig):
     checkpoint_every: int = 0
     out: str = ""
     pool: str = ""  # a digest of what networks are drawn from
+    model_file: str | None = None  # the digest of a user's, without which a name says little
 
     @staticmethod
     def of(config: CondenseConfig) -> _Options:
         name = canonical_name(config.dataset)
         given = {option: value for option, value in asdict(config).items() if value is not None}
-        options = {**asdict(preset(name, config.ipc, config.preset, config.method)), **given}
+        usual = preset(name, config.ipc, config.preset, config.method, config.model)
+        options = {**asdict(usual), **given}
         device = resolve_device(config.device)
         if config.method != "dm":
             loops = loops_of(config.ipc, config.outer_loops, config.inner_loops)
@@ -212,7 +216,8 @@ class _Options(CondenseConfig):
             }
         method = "" if config.method == "dm" else f"{config.method}-"
         short_name = re.sub(r"[^\w-]+", "-", Path(name).name)
-        out = f"runs/{short_name}-{method}{options['model']}-ipc{config.ipc}-seed{config.seed}"
+        model = short_model_name(options["model"])
+        out = f"runs/{short_name}-{method}{model}-ipc{config.ipc}-seed{config.seed}"
         return _Options(
             **{
                 "out": out,
@@ -221,12 +226,20 @@ class _Options(CondenseConfig):
                 "dsa_strategy": "_".join(parse_strategy(options["dsa_strategy"])),
                 "device": str(device),
                 "precision": resolve_precision(config.precision, device, options["model"]),
+                "model_file": model_file(options["model"]),
             }
         )
 
+    def known(self) -> dict[str, Any]:
+        """All, but for what there is of users' models only."""
+        options = asdict(self)
+        if self.model_file is None:
+            del options["model_file"]
+        return options
+
     def fixed(self) -> dict[str, Any]:
         """Those that decide the numbers of the run."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE_OPTIONS}
+        return {name: value for name, value in self.known().items() if name not in _FREE_OPTIONS}
 
 
 def run(config: CondenseConfig) -> SyntheticSet:
@@ -266,6 +279,8 @@ def _run(config: CondenseConfig, options: _Options, folder: RunFolder) -> Synthe
         condensation = _Condensation(options, source, folder, checkpoint, recorder)
     condensation.prepare_folder()
     _mention_small_classes(source, options.batch_real)
+    if words := caution(options.dataset, options.model, options.method):
+        _note(words)
     return condensation.run()
 
 
@@ -321,7 +336,7 @@ class _Condensation:
 
     def prepare_folder(self) -> None:
         """Starts the run's folder, or takes it back to the checkpoint."""
-        options = asdict(self._options)
+        options = self._options.known()
         if self._resumed is not None:
             for record in self._folder.resume(options, self._resumed):
                 if "accuracy_mean" in record:
@@ -573,6 +588,12 @@ def _check_options(options: _Options, checkpoint: Checkpoint, folder: RunFolder)
         # A run from before there was an option has its default.
         if (before := checkpoint.options.get(name, _default(name))) != value
     }
+    if list(others) == ["model_file"]:
+        raise InputError(
+            f"the file of --model {options.model} is not what it was when {folder.path} was begun: "
+            "restore it, choose another --out, or start anew with --overwrite"
+        )
+    others.pop("model_file", None)
     if others:
         words = (f"{_flag(name)} {old!r}, not {new!r}" for name, (old, new) in others.items())
         raise InputError(
@@ -679,7 +700,7 @@ def _parser() -> cli.Parser:
         metavar="NAME",
         help="; ".join(f"{name}: {what}" for name, what in PRESETS.items()),
     )
-    add("--model", metavar="NAME", help="as ConvNetD4BN (default: the preset)")
+    add("--model", metavar="NAME", help=f"{MODELS} (default: the preset)")
     add("--ipc", metavar="N", type=int, help="synthetic images a class")
     add(
         *("--iterations", "--Iteration"),
@@ -692,8 +713,9 @@ def _parser() -> cli.Parser:
         *("--lr-img", "--lr_img"),
         metavar="RATE",
         type=float,
-        help="learning rate of the images, for the summed loss (default: the preset: 1, but 10 "
-        "for digits, and for cifar10 from 100 images a class; of dc and dsa 0.1)",
+        help="learning rate of the images, for the summed loss (default: the preset: 1, but on "
+        "ConvNets 10 for digits, and for cifar10 from 100 images a class; on ResNet18 0.1, with "
+        "_AP 0.01; of dc and dsa 0.1)",
     )
     add("--momentum", metavar="SHARE", type=float, help="of the images' SGD, 0 to below 1")
     add(

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from . import cli, selection
+from ._own import model_file
 from ._sources import check_class_sizes, digest, draw_random, note, short_name
 from ._version import __version__
 from .augment import WORDS, parse_strategy
@@ -55,7 +56,7 @@ from .devices import (
 from .errors import InputError, choose
 from .files import write_bytes
 from .memory import keep_freed_pages
-from .networks import Network, get_network, initialise_
+from .networks import MODELS, Network, get_network, initialise_
 from .ops import Stream
 from .presets import preset
 from .runs import locked
@@ -226,9 +227,11 @@ def _training(
     model = usual.model if config.model is None else config.model
     if config.dsa_strategy is not None:
         strategy = config.dsa_strategy
+    digest_of_file = model_file(model)
     return {
         **real,
         "model": model,
+        **({} if digest_of_file is None else {"model_file": digest_of_file}),
         "epochs": _EPOCHS if config.epochs is None else config.epochs,
         "augmentation": "_".join(parse_strategy(strategy)) or "none",
         "seed": config.seed,
@@ -382,7 +385,8 @@ def _progress(model: str, epochs: int) -> Iterator[Callable[[], None]]:
 def _write_features(path: Path, training: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
-    content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # Cloned: a network of the user's may have one parameter in several places.
+    content = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_bytes(path, save(content, {_FORMAT: json.dumps(training)}))
 
 
@@ -529,7 +533,7 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="the network that is trained on the whole set, as ConvNetD4BN (default: the preset)",
+        help=f"the network that is trained on the whole set, {MODELS} (default: the preset)",
     )
     parser.add_argument(
         "--epochs",

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from . import cli
+from ._own import model_file
 from ._sources import BASELINES, Source, digest, note, source_of
 from ._version import __version__
 from .augment import WORDS, parse_strategy
@@ -35,6 +36,7 @@ from .evaluator import EvaluationResult, Evaluator, evaluate_set
 from .files import write_bytes
 from .graphs import GRAPHS
 from .memory import keep_freed_pages
+from .networks import MODELS
 from .presets import preset
 from .runs import locked
 from .training import PROTOCOLS
@@ -187,6 +189,7 @@ def _run(
             "seed": config.seed,
             "precision": evaluator.precision,
             "versions": {"dmfast": __version__, "torch": torch.__version__},
+            **({} if model_file(model) is None else {"model_file": model_file(model)}),
         },
         facts={
             "set": config.set,
@@ -411,7 +414,7 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument("--ipc", metavar="N", type=int, help="images a class, of a baseline")
     parser.add_argument(
-        "--model", metavar="NAME", help="as ConvNetD4BN (default: as SET says, else the preset)"
+        "--model", metavar="NAME", help=f"{MODELS} (default: as SET says, else the preset)"
     )
     parser.add_argument(
         "--networks", metavar="N", type=int, help="how many to train (default: the protocol, 20)"

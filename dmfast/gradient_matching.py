@@ -251,7 +251,7 @@ class GradientMatcher:
         with autocast(batch.device, self._precision):
             self._network(batch)
         for module in self._network.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
     def _train(
@@ -276,14 +276,14 @@ class GradientMatcher:
 @contextmanager
 def _twice_differentiable(network: nn.Module) -> Iterator[None]:
     """Within it the network goes by torch's own layers: the fused blocks have one derivative."""
-    if not isinstance(network, ConvNet):
-        yield
-        return
-    before, network.fused = network.fused, False
+    fused = [module for module in network.modules() if isinstance(module, ConvNet) and module.fused]
+    for module in fused:
+        module.fused = False
     try:
         yield
     finally:
-        network.fused = before
+        for module in fused:
+            module.fused = True
 
 
 def loops_of(ipc: int, outer: int | None, inner: int | None) -> Loops:

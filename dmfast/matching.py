@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import ops
 from ._in_parts import can_be_in_parts, embed_in_parts
+from ._own import OwnNetwork
 from ._ranges import stage
 from .data import ImageData
 from .devices import autocast, memory_format, repeatable
@@ -350,7 +351,16 @@ class Matcher:
         self._network = placed(network, device).train().requires_grad_(False)
         # After that the norms stay the identity: they are not trained, and go by their own batch.
         initialise_(self._network, seed, 0)
-        self._weights, self._pool = drawn_weights(self._network), pool
+        self._draw_weights: Callable[[int | Tensor], None]
+        if pool is not None:
+            self._draw_weights = partial(pool.load_, seed)
+        elif isinstance(self._network, OwnNetwork):
+            self._draw_weights = partial(initialise_, self._network, seed)
+        else:
+            weights, bounds = drawn_weights(self._network)
+            self._draw_weights = partial(
+                ops.draw_weights_, weights, bounds, seed, stream=Stream.WEIGHTS
+            )
         order, class_offsets = data.by_class()
         offsets, self._rows = data.batch_offsets(batch_real)
         draw = partial(ops.draw_batch, rows=self._rows, seed=seed, stream=Stream.REAL_BATCH)
@@ -434,10 +444,7 @@ class Matcher:
             self.load(step)
         with repeatable():
             with stage("weights"):
-                if self._pool is None:
-                    ops.draw_weights_(*self._weights, self._seed, step, stream=Stream.WEIGHTS)
-                else:
-                    self._pool.load_(self._seed, step)
+                self._draw_weights(step)
             with stage("draw"):
                 index = self._draw(step=step)
                 params = ops.draw_augmentation(

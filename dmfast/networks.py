@@ -2,45 +2,68 @@
 """The networks whose embeddings are matched and which are trained on a condensed set.
 
 State dicts are named as in the published code, so its checkpoints load.
+``python -m dmfast.networks`` lists parameters, size of the embedding and operations.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take long
+    from dmfast import cli
+
+    cli.main("dmfast.networks")
+
+import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import _own, _zoo, cli, ops
 from ._blocks import is_fused
+from ._own import OwnNetwork, is_own, number_of, own_network, seeded, undrawn
+from ._zoo import Network, norm_layers, published_network
 from .errors import InputError
+from .files import write_bytes
 from .ops import Stream
+
+__all__ = [
+    "MODELS",
+    "ZOO",
+    "ConvNet",
+    "FusedBlock",
+    "Network",
+    "drawn_weights",
+    "get_network",
+    "has_batch_norm",
+    "has_fused_blocks",
+    "initialise_",
+    "table",
+    "through_blocks",
+]
+
+#: What names a network, for the help of an option.
+MODELS = f"as ConvNetD4BN, VGG11 or ResNet18BN, or your own, {_own.GRAMMAR}"
+#: Those of the published code, which ``python -m dmfast.networks`` lists.
+ZOO = (
+    *("MLP", "LeNet", "AlexNet", "AlexNetBN", "VGG11", "VGG11BN"),
+    *("ResNet18", "ResNet18BN", "ResNet18_AP", "ResNet18BN_AP", "ConvNet", "ConvNetBN"),
+    *("ConvNetD1", "ConvNetD2", "ConvNetD4", "ConvNetD4BN"),
+    *("ConvNetW32", "ConvNetW64", "ConvNetW256", "ConvNetAS", "ConvNetAL", "ConvNetASwish"),
+    *("ConvNetASwishBN", "ConvNetNN", "ConvNetLN", "ConvNetGN", "ConvNetNP", "ConvNetMP"),
+)
 
 _GRAMMAR = "ConvNet[D<depth>][W<width>][AS|AR|AL|ASwish][NN|BN|LN|IN|GN][NP|MP|AP]"
 _CONVNET = re.compile(
     r"ConvNet(?:D([1-9]\d*))?(?:W([1-9]\d*))?(?:A(Swish|S|R|L))?([NBLIG]N)?([NMA]P)?"
 )
 
+_UNIFORM = (nn.modules.conv._ConvNd, nn.Linear)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _MAX_DEPTH, _MAX_WIDTH = 64, 8192  # beyond anything in use, within any memory
-
-
-class Network(nn.Module):
-    """A classifier of images [N, C, H, W]: a linear layer on an embedding."""
-
-    features: nn.Sequential
-    classifier: nn.Linear
-
-    def embed(self, x: Tensor) -> Tensor:
-        """What distribution matching compares: the last block, flattened (C, H, W) to [N, D]."""
-        features: Tensor = self.features(x)
-        return features.flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits [N, classes]."""
-        logits: Tensor = self.classifier(self.embed(x))
-        return logits
 
 
 class FusedBlock(NamedTuple):
@@ -129,7 +152,7 @@ class ConvNet(Network):
             padding = 3 if channels == 1 and block == 0 else 1
             layers.append(nn.Conv2d(width if block else channels, width, 3, padding=padding))
             rows, columns = rows + 2 * padding - 2, columns + 2 * padding - 2
-            layers += _norm(norm, width, rows, columns)
+            layers += norm_layers(norm, width, rows, columns)
             layers.append(_activation(activation))
             if pool != "NP":
                 layers.append(nn.MaxPool2d(2) if pool == "MP" else nn.AvgPool2d(2))
@@ -289,8 +312,10 @@ def get_network(
 ) -> Network:
     """The network of that name for images [N, channels, *size], on the CPU, in float32.
 
-    Names are ``ConvNet[D<depth>][W<width>][A<activation>][norm][pool]``, as ``ConvNetD4BN``. What
-    is left out is depth 3, width 128, activation R (ReLU), norm IN and pool AP.
+    Names are ``MLP``, ``LeNet``, ``AlexNet[BN]``, ``VGG11[BN]``, ``ResNet18[BN][_AP]`` (see
+    :mod:`dmfast._zoo`), and ``ConvNet[D<depth>][W<width>][A<activation>][norm][pool]``, as
+    ``ConvNetD4BN``. What is left out of these is depth 3, width 128, activation R (ReLU), norm IN
+    and pool AP.
 
     ========== ========================================================================
     activation S sigmoid, R ReLU, L leaky ReLU (0.01), Swish x * sigmoid(x)
@@ -299,32 +324,53 @@ def get_network(
     pool       NP none, MP maximum, AP average
     ========== ========================================================================
 
+    A network of your own is ``path/to/file.py:function`` or ``path/to/file.py:function@layer``: the
+    function makes it, as ``function(channels, classes, size)``, and its embedding is what its
+    method ``embed(x)`` gives, or the output of the layer, or what its last linear layer is given.
+    Its weights are drawn anew by the rules of :mod:`dmfast._own`.
+
     Args:
-        seed: None: torch's own initialisation, from the global generator. Otherwise the weights
-            are those of ``initialise_(network, seed, 0)`` and no generator is touched.
+        seed: None: drawn from the global generator. Otherwise the weights are those of
+            ``initialise_(network, seed, 0)`` and no generator is touched.
 
     Raises:
-        InputError: on an unknown name, or images too small for the depth.
+        InputError: on an unknown name, images too small for the network, or a function that cannot
+            be used.
     """
-    parts = _CONVNET.fullmatch(name)
-    if parts is None:
-        raise InputError(f"unknown model {name!r}; a model is {_GRAMMAR}, as ConvNetD4BN")
-    depth, width, activation, norm, pool = parts.groups()
+    if is_own(name):
+        return own_network(
+            name, channels, classes, size, seed, lambda network, seed: initialise_(network, seed, 0)
+        )
     with torch.device("cpu" if seed is None else "meta"):
-        network = ConvNet(
-            channels,
-            classes,
-            size,
-            depth=int(depth or 3),
-            width=int(width or 128),
-            activation=activation or "R",
-            norm=norm or "IN",
-            pool=pool or "AP",
-        ).float()
+        network = _made(name, channels, classes, size).float()
     if seed is not None:
         network.to_empty(device="cpu")
         initialise_(network, seed, 0)
     return network
+
+
+def _made(name: str, channels: int, classes: int, size: tuple[int, int]) -> Network:
+    """The network of that name in torch's own initialisation, where torch makes tensors."""
+    network = published_network(name, channels, classes, size)
+    if network is not None:
+        return network
+    parts = _CONVNET.fullmatch(name)
+    if parts is None:
+        raise InputError(
+            f"unknown model {name!r}; a model is {_GRAMMAR}, as ConvNetD4BN, {_zoo.GRAMMAR} or "
+            f"{_own.GRAMMAR}"
+        )
+    depth, width, activation, norm, pool = parts.groups()
+    return ConvNet(
+        channels,
+        classes,
+        size,
+        depth=int(depth or 3),
+        width=int(width or 128),
+        activation=activation or "R",
+        norm=norm or "IN",
+        pool=pool or "AP",
+    )
 
 
 def has_fused_blocks(name: str) -> bool:
@@ -337,6 +383,7 @@ def has_fused_blocks(name: str) -> bool:
     return kind == ("R", "IN", "AP") and int(width or 128) % 16 == 0
 
 
+@torch.no_grad()
 def initialise_(
     network: nn.Module,
     seed: int,
@@ -349,46 +396,89 @@ def initialise_(
 
     The distribution is that of torch's default initialisation: weights and biases of convolutions
     and linear layers uniform within 1/sqrt(fan in), norms the identity, running statistics empty.
+    Other modules that have a ``reset_parameters`` are drawn by that, children before parents, from
+    generators that are seeded by the same.
 
     Args:
         step: an int, or an int64 tensor of one element on the network's device.
+
+    Raises:
+        InputError: nothing draws a parameter of the network.
     """
+    resets = _resets(network)
+    number = 0
+    if resets or (isinstance(network, OwnNetwork) and network.draws):
+        number = number_of(step)
+    key = seed, number, int(stream), network_index
+    if isinstance(network, OwnNetwork):
+        network.begin(key)
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
-            module.reset_parameters()
+        if _is_torchs(module, _NORMS):
+            module.reset_parameters()  # type: ignore[operator]
     ops.draw_weights_(
         *drawn_weights(network), seed, step, first_network=network_index, stream=stream
     )
+    if resets:
+        with seeded(next(network.parameters()).device, *key):
+            for reset in resets:
+                reset()
 
 
 def drawn_weights(network: nn.Module) -> tuple[list[Tensor], list[float]]:
-    """What :func:`initialise_` draws of a network, and the bound of each tensor."""
-    tensors: list[Tensor] = []
+    """What :func:`initialise_` draws uniformly of a network, and the bound of each tensor."""
+    tensors: dict[int, Tensor] = {}  # by identity: layers may share them
     bounds: list[float] = []
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            bound = module.weight[0].numel() ** -0.5
+        if _is_torchs(module, _UNIFORM):
+            bound = module.weight[0].numel() ** -0.5  # type: ignore[index]
             for parameter in module.parameters():
-                tensors.append(parameter)
-                bounds.append(bound)
-    return tensors, bounds
+                if id(parameter) not in tensors:
+                    tensors[id(parameter)] = parameter
+                    bounds.append(bound)
+    return list(tensors.values()), bounds
+
+
+def _is_torchs(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether it is one of these, with torch's own initialisation."""
+    if not isinstance(module, kinds):
+        return False
+    reset: Any = module.reset_parameters
+    return str(reset.__module__).startswith("torch.nn.")
+
+
+def _resets(network: nn.Module) -> list[Callable[[], object]]:
+    """What draws the modules that are neither drawn uniformly nor norms, children first.
+
+    Raises:
+        InputError: nothing draws a parameter of one.
+    """
+    resets: list[Callable[[], object]] = []
+    model: str | None = None
+    if isinstance(network, OwnNetwork):
+        model = network.name
+        network = network.network
+    for name, module in reversed(list(network.named_modules())):
+        parameters = [key for key, value in module._parameters.items() if value is not None]
+        if _is_torchs(module, _UNIFORM):
+            # Not so where a layer is pruned or a parameter made of others.
+            strangers = [key for key in parameters if key not in ("weight", "bias")]
+            if strangers:
+                raise undrawn(name, module, strangers[0], model)
+        elif not _is_torchs(module, _NORMS):
+            # torch's attention and transformers have it under another name.
+            reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+            if callable(reset):
+                resets.append(reset)
+            elif parameters:
+                raise undrawn(name, module, parameters[0], model)
+    return resets
 
 
 def has_batch_norm(network: nn.Module) -> bool:
     """Whether the embedding of an image depends on the others of its batch."""
-    return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-
-
-def _norm(norm: str, channels: int, rows: int, columns: int) -> list[nn.Module]:
-    if norm == "BN":
-        return [nn.BatchNorm2d(channels)]
-    if norm == "LN":
-        return [nn.LayerNorm([channels, rows, columns])]
-    if norm == "IN":
-        return [nn.GroupNorm(channels, channels)]
-    if norm == "GN":
-        return [nn.GroupNorm(4, channels)]
-    return []
+    if isinstance(network, OwnNetwork) and network.mixes_batch:
+        return True
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
 def _activation(activation: str) -> nn.Module:
@@ -399,3 +489,98 @@ def _activation(activation: str) -> nn.Module:
     if activation == "Swish":
         return nn.SiLU()
     return nn.ReLU(inplace=True)
+
+
+# ---- python -m dmfast.networks -----------------------------------------------------------------
+
+
+def table(
+    names: Iterable[str], channels: int, classes: int, size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Of each network its ``name``, ``parameters``, ``embedding`` (D) and ``flop``.
+
+    The last are the operations of the convolutions and matrix products of an image's way forward, a
+    multiply-add being two, as :class:`torch.utils.flop_counter.FlopCounterMode` counts them; norms,
+    activations and pooling are not counted.
+
+    Raises:
+        InputError: see :func:`get_network`.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows = []
+    for name in names:
+        if is_own(name):
+            network = get_network(name, channels, classes, size, seed=0)
+        else:
+            with torch.device("meta"):  # nothing is drawn or computed
+                network = _made(name, channels, classes, size)
+        if isinstance(network, ConvNet):
+            network.fused = False  # operators that it does not know
+        device = next(network.parameters()).device
+        images = torch.zeros(1, channels, *size, device=device)
+        # Attention's fast path is an operator that it does not know, too.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                network.eval()(images)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+        rows.append(
+            {
+                "name": name,
+                "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                "embedding": network.embedding_size,
+                "flop": counter.get_total_flops(),
+            }
+        )
+    return rows
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        "dmfast.networks",
+        "Lists networks: their parameters, the size of their embedding, and the operations of an "
+        "image's way forward.",
+    )
+    parser.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help=f"as ConvNetD4BN, or {_own.GRAMMAR} (default: those of the published code)",
+    )
+    parser.add_argument("--images", metavar="CxHxW", default="3x32x32", help="their shape")
+    parser.add_argument("--classes", metavar="N", type=int, default=10, help="how many")
+    parser.add_argument("--json", metavar="FILE", help="also write the table there")
+    return parser
+
+
+def _main(arguments: Sequence[str]) -> None:
+    options = _parser().parse_args(arguments)
+    channels, *size = cli.parse_shape("--images", options.images)
+    height, width = size
+    if options.classes < 1:
+        raise InputError(f"--classes must be 1 or more, got {options.classes}")
+    rows = []
+    for name in options.names or ZOO:
+        try:
+            rows += table([name], channels, options.classes, (height, width))
+        except InputError as error:
+            if options.names:
+                raise
+            print(f"note: {name} is left out: {error}", file=sys.stderr)
+    if options.json is not None:
+        content = {"images": options.images, "classes": options.classes, "networks": rows}
+        write_bytes(Path(options.json), (json.dumps(content, indent=2) + "\n").encode())
+    print(
+        f"images of {options.images}, {options.classes} classes; MFLOP of convolutions and matrix "
+        "products, forward, an image; a multiply-add is 2"
+    )
+    longest = max(len("network"), *(len(row["name"]) for row in rows))
+    print(f"{'network':{longest}} {'parameters':>12} {'embedding':>10} {'MFLOP':>10}")
+    for row in rows:
+        print(
+            f"{row['name']:{longest}} {row['parameters']:12,} {row['embedding']:10,} "
+            f"{row['flop'] / 1e6:10,.2f}"
+        )

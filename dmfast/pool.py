@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._own import OwnNetwork
 from .errors import InputError
 from .files import write_bytes
 from .networks import Network
@@ -125,6 +126,10 @@ class NetworkPool:
         Raises:
             InputError: there is no such pool or band, or its networks are others.
         """
+        if isinstance(network, OwnNetwork):
+            raise InputError(
+                f"--networks-from: a pool is of dmfast's networks, not of {model}; leave one out"
+            )
         folder = Path(folder)
         facts, states = read(folder)
         if facts.get("model") != model:

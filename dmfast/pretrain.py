@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from . import cli, pool
+from ._own import is_own
 from ._sources import digest, note, short_name
 from ._version import __version__
 from .augment import WORDS, parse_strategy
@@ -123,6 +124,8 @@ def run(config: PretrainConfig, *, command: str | None = None) -> list[State]:
         )
     usual = preset(data.name, 1)
     model = usual.model if config.model is None else config.model
+    if is_own(model):
+        raise InputError(f"--model {model}: a pool is of dmfast's networks; name one of these")
     strategy = usual.dsa_strategy if config.dsa_strategy is None else config.dsa_strategy
     device = resolve_device(config.device)
     facts = {

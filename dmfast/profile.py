@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -54,7 +53,7 @@ from .files import atomic_path, write_bytes
 from .graphs import GRAPHS, recorder_of
 from .loop import Loop
 from .matching import Matcher, initial_images
-from .networks import ConvNet, get_network, has_batch_norm
+from .networks import MODELS, ConvNet, get_network, has_batch_norm
 from .presets import Preset, preset
 from .training import train
 
@@ -129,19 +128,12 @@ class ProfileConfig:
             )
         choose("--precision", self.precision, PRECISIONS)
         choose("--graph", self.graph, GRAPHS)
-        _shape(self.images or _IMAGES)
+        cli.parse_shape("--images", self.images or _IMAGES)
         for option, path in (("--json", self.json), ("--trace", self.trace)):
             if path is not None and (path == "" or Path(path).is_dir()):
                 raise InputError(f"{option} {path!r} is no file to write: name one")
         if self.trace and not self.trace.endswith((".json", ".json.gz")):
             raise InputError(f"--trace {self.trace}: a trace is a .json or .json.gz file")
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
-        raise InputError(f"--images: a shape is CxHxW, as 3x32x32, got {text!r}")
-    channels, height, width = (int(side) for side in text.split("x"))
-    return channels, height, width
 
 
 def random_images(
@@ -180,9 +172,9 @@ class _Job:
         recorder_of(config.graph, device)  # fails at once where it has to
         if config.dataset is not None:
             name = canonical_name(config.dataset)
-            presets = preset(name, config.ipc)
+            presets = preset(name, config.ipc, model=config.model)
         else:
-            channels, height, width = _shape(config.images or _IMAGES)
+            channels, height, width = cli.parse_shape("--images", config.images or _IMAGES)
             presets = Preset(
                 model="ConvNetD4" if min(height, width) >= 64 else "ConvNet",
                 dsa_strategy=DIGITS_STRATEGY if channels == 1 else DEFAULT_STRATEGY,
@@ -903,7 +895,7 @@ def _parser() -> cli.Parser:
     add("--data-root", metavar="DIR", help="what holds the data set's folder or files")
     add("--images", metavar="CxHxW", help=f"shape of random images (default: {_IMAGES})")
     add("--classes", metavar="N", type=int, help=f"of random images (default: {_CLASSES})")
-    add("--model", metavar="NAME", help="as ConvNetD4BN (default: the preset)")
+    add("--model", metavar="NAME", help=f"{MODELS} (default: the preset)")
     add("--ipc", metavar="N", type=int, help="synthetic images a class")
     add(
         "--batch-real",

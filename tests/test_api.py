@@ -44,7 +44,9 @@ SURFACE = {
     "dmfast.evaluate": ["EvaluateConfig", "run"],
     "dmfast.profile": ["ProfileConfig", "run(config)"],
 }
-COMMANDS = ("condense", "coreset", "evaluate", "export", "pretrain", "profile", "demo")
+COMMANDS = (
+    *("condense", "coreset", "evaluate", "export", "networks", "pretrain", "profile", "demo"),
+)
 
 
 def signature(thing: object) -> str:

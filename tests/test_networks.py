@@ -76,7 +76,7 @@ def test_parts_mean_what_they_say() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["convnet", "ConvNetBNx", "ConvNetW64D3", "ConvNetD0", "ConvNetAPBN", "MLP", "", "AS"]
+    "name", ["convnet", "ConvNetBNx", "ConvNetW64D3", "ConvNetD0", "ConvNetAPBN", "VGG13", "", "AS"]
 )
 def test_unknown_model(name: str) -> None:
     with pytest.raises(InputError, match=r"unknown model .* ConvNet\[D<depth>\]") as raised:

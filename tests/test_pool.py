@@ -163,6 +163,7 @@ def test_another_pool_is_kept(trained: Path, tmp_path: Path) -> None:
         ({"precision": "half"}, "--precision"),
         ({"validation": 10_000}, r"--validation 10000: digits has \d+ training images"),
         ({"model": "ConvNetX"}, "unknown model"),
+        ({"model": "nets.py:tiny"}, "a pool is of dmfast's networks"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_matching_goes_by_the_drawn_network(digits: data.ImageData, trained: Pat
     # The same iteration with weights that are put there by hand.
     drawn.load_(2, 0)
     weights = {name: w.clone() for name, w in network.named_parameters()}
-    random._pool = type("Fixed", (), {"load_": lambda *_: network.load_state_dict(weights)})()
+    random._draw_weights = lambda step: network.load_state_dict(weights)
     assert random.step(0).item() == losses[0]
 
 
