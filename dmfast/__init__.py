@@ -2,7 +2,8 @@
 """Dataset condensation with distribution matching, at the speed of the hardware.
 
 :mod:`dmfast.ops` holds the fused operators, :mod:`dmfast.condense`, :mod:`dmfast.coreset` and
-:mod:`dmfast.evaluate` the commands (``python -m dmfast.condense``) and functions of the same jobs.
+:mod:`dmfast.evaluate` the commands (``python -m dmfast.condense``) and functions of the same jobs,
+and :mod:`dmfast.reproduce` the paper's tables and figures made by these.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import InputError
 
@@ -75,12 +75,14 @@ class _Replaced(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line on stderr and exit status 2."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, prog: str, description: str, **options: Any) -> None:
+        """``options`` are what argparse hands on to the parser of a subcommand."""
         super().__init__(
             prog=f"python -m {prog}",
             description=description,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
+            **options,
         )
 
     def add_replaced(self, title: str, flags: dict[str, str]) -> None:

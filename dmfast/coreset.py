@@ -11,7 +11,8 @@ more.
 A coreset's folder:
 
 ==================== =============================================================================
-coreset.json         how it was chosen, and ``indices`` into the training images, class by class
+coreset.json         how it was chosen, in what time (with that of a network that was trained for
+                     it), and ``indices`` into the training images, class by class
 features.safetensors the trained network, and how often it forgot each image
 synthetic.safetensors, grid.png  the images as a set that ``dmfast.evaluate`` takes
 ==================== =============================================================================
@@ -191,8 +192,12 @@ def run(config: CoresetConfig, *, command: str | None = None) -> Coreset:
             raise InputError(f"{folder.description} is damaged: --overwrite chooses anew")
         if indices is None:
             with folder.work():
+                start = time.perf_counter()
                 indices = _choose(config, data, training, device, folder)
-                folder.write(indices, {"machine": machine(device), "command": command})
+                seconds = round(time.perf_counter() - start, 3)
+                folder.write(
+                    indices, {"machine": machine(device), "command": command, "seconds": seconds}
+                )
         else:
             note("this coreset is there already; nothing was chosen")
         synthetic = SyntheticSet(

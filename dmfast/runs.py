@@ -191,23 +191,40 @@ class RunFolder:
         Raises:
             InputError: the file is not a checkpoint, or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
         if not self.checkpoint.exists():
             return None
+        with self._opened_checkpoint() as (file, metadata):
+            return Checkpoint(
+                iteration=int(metadata["iteration"]),
+                images=file.get_tensor("images"),
+                momentum=file.get_tensor("momentum"),
+                seconds=float(metadata["seconds"]),
+                options=json.loads(metadata["options"]),
+                data=metadata["data"],
+            )
+
+    def read_progress(self) -> tuple[int, float]:
+        """How many iterations the checkpoint has, and their seconds; (0, 0.0) where there is none.
+
+        Raises:
+            InputError: see :meth:`read_checkpoint`.
+        """
+        if not self.checkpoint.exists():
+            return 0, 0.0
+        with self._opened_checkpoint() as (_, metadata):
+            return int(metadata["iteration"]), float(metadata["seconds"])
+
+    @contextmanager
+    def _opened_checkpoint(self) -> Iterator[tuple[Any, dict[str, str]]]:
+        """The file and its metadata; what is wrong with them becomes an InputError."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(self.checkpoint, "pt") as file:
                 metadata = file.metadata()
                 if metadata["format"] != _FORMAT:
                     raise ValueError(metadata["format"])
-                return Checkpoint(
-                    iteration=int(metadata["iteration"]),
-                    images=file.get_tensor("images"),
-                    momentum=file.get_tensor("momentum"),
-                    seconds=float(metadata["seconds"]),
-                    options=json.loads(metadata["options"]),
-                    data=metadata["data"],
-                )
+                yield file, metadata
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"{self.checkpoint} is not a checkpoint that can be read ({error}); start the run "

@@ -43,9 +43,11 @@ SURFACE = {
     "dmfast.condense": ["CondenseConfig", "run(config)"],
     "dmfast.evaluate": ["EvaluateConfig", "run"],
     "dmfast.profile": ["ProfileConfig", "run(config)"],
+    "dmfast.reproduce": ["FigureConfig", "TableConfig", "run", "run_figure"],
 }
 COMMANDS = (
     *("condense", "coreset", "evaluate", "export", "networks", "pretrain", "profile", "demo"),
+    "reproduce",
 )
 
 
@@ -101,7 +103,11 @@ def test_every_command_has_help_and_fails_in_one_line(command: str) -> None:
         )
 
     assert call("--help").returncode == 0
-    required = {"export": ["x", "--format", "png", "--out", "y"], "coreset": ["random"]}
+    required = {
+        "export": ["x", "--format", "png", "--out", "y"],
+        "coreset": ["random"],
+        "reproduce": ["table1"],
+    }
     wrong = call(*required.get(command, []), "--no-such-option")
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1

@@ -16,7 +16,7 @@ import pytest
 from dmfast import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("condense", "coreset", "evaluate", "export", "profile", "demo")
+COMMANDS = ("condense", "coreset", "evaluate", "export", "profile", "reproduce", "demo")
 
 
 @pytest.mark.parametrize(
