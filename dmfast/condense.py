@@ -477,6 +477,7 @@ class _Condensation:
                 strategy=options.dsa_strategy,
                 precision=options.precision,
                 device=options.device,
+                graph="off" if options.graph == "off" else "auto",
                 on_epoch=bar.update,
             )
         record = {
@@ -647,6 +648,8 @@ def _checksum(source: ImageData) -> str:
 
 
 def _flag(option: str) -> str:
+    if option == "pool":
+        return "--networks-from, a pool of digest"
     return "--" + option.replace("_", "-")
 
 

@@ -81,11 +81,10 @@ class ImageData:
         result.copy_(images.permute(0, 3, 1, 2))
         if images.dtype == torch.uint8:
             result.div_(255)
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=images.device).view(channels, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        return result.sub_(mean).div_(std)
+        # By numbers, not by tensors of them: these would be sent to a device, which a graph cannot.
+        for channel, mean, std in zip(result.unbind(1), self.mean, self.std, strict=True):
+            channel.sub_(mean).div_(std)
+        return result
 
     def normalised(self) -> NormalisedImages:
         """The training images, normalised as they are picked."""

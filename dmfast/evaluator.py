@@ -304,8 +304,14 @@ def evaluate_set(
             ``networks * (epochs + 1)`` in all; see :meth:`Evaluator.__call__`.
 
     Raises:
-        InputError: the model, strategy, precision, device or protocol is unknown or cannot be used.
+        InputError: the model, strategy, precision, device or protocol is unknown or cannot be used,
+            a number of networks is less than 1, or there is not a label for each of the images.
     """
+    for name, number in (("networks", networks), ("networks_at_once", networks_at_once)):
+        if number is not None and number < 1:
+            raise InputError(f"{name} must be 1 or more, got {number}")
+    if not 0 < len(images) == len(labels):
+        raise InputError(f"{len(images)} images with {len(labels)} labels cannot be trained on")
     evaluator = Evaluator(
         data,
         model=model,

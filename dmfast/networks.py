@@ -91,7 +91,9 @@ class FusedBlock(NamedTuple):
         assert running_var is not None
         statistics = None
         if not norm.training:
-            statistics = torch.stack([running_mean - conv_bias.detach(), running_var])
+            # In float32 whatever the network is in.
+            mean = running_mean.float() - conv_bias.detach().float()
+            statistics = torch.stack([mean, running_var.float()])
         out, found = ops.conv_batch_norm_relu_pool(
             x, *self.weights, self.eps, self.padding, precision, statistics
         )
@@ -113,10 +115,9 @@ class ConvNet(Network):
     R and pool AP, ``embed`` goes by it, and on a CPU with norm BN by
     :func:`dmfast.ops.conv_batch_norm_relu_pool`. There is no second derivative then; ``fused`` set
     to False has it go by torch's own layers, as do layers that were replaced or hooked, forward
-    mode and
-    ``torch.func``, and on a GPU ``DMFAST_GPU=torch``. Under autocast to bfloat16 the products are
-    of bfloat16, and on a GPU what passes from block to block; the embedding keeps the dtype of the
-    images.
+    mode and ``torch.func``, and on a GPU ``DMFAST_GPU=torch``. Under autocast to bfloat16 the
+    products are of bfloat16, and on a GPU what passes from block to block; the embedding keeps the
+    dtype of the images.
 
     Attributes:
         fused: whether ``embed`` may go by the fused blocks.
@@ -254,8 +255,13 @@ def _blocks(features: nn.Module) -> list[FusedBlock] | None:
             return None
         bias = norm.bias
         if torch.is_grad_enabled() and conv.bias.requires_grad:
-            # The norm cancels the convolution's bias: its gradient is zero, but is one.
-            bias = bias + 0 * conv.bias
+            # The norm cancels the convolution's bias: its gradient is zero, but is one. By running
+            # statistics it is not cancelled, which FusedBlock does not see.
+            share: float | Tensor = 0.0
+            if type(norm) is nn.BatchNorm2d and not norm.training:
+                assert norm.running_var is not None
+                share = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+            bias = bias + share * (conv.bias - conv.bias.detach())
         of_batch = (norm, conv.bias) if type(norm) is nn.BatchNorm2d else (None, None)
         weights = conv.weight, norm.weight, bias
         blocks.append(FusedBlock(weights, norm.eps, conv.padding[0], *of_batch))
@@ -290,8 +296,9 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> 
     assert norm.momentum is not None
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(variance * (count / max(count - 1, 1)), norm.momentum)
+    of_sample = variance * (count / max(count - 1, 1))
+    for running, found in ((norm.running_mean, mean), (norm.running_var, of_sample)):
+        running.copy_(running.to(found.dtype).lerp(found, norm.momentum))
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -374,7 +381,10 @@ def _made(name: str, channels: int, classes: int, size: tuple[int, int]) -> Netw
 
 
 def has_fused_blocks(name: str) -> bool:
-    """Whether a network of that name goes by the fused blocks, where device and images allow it."""
+    """Whether a network of that name goes by the fused blocks, where device and images allow it.
+
+    Those of instance norm: ``auto`` leaves batch norm in float32 on a CPU.
+    """
     parts = _CONVNET.fullmatch(name)
     if parts is None:
         return False

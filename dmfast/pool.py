@@ -88,11 +88,14 @@ def read(folder: Path) -> tuple[dict[str, Any], list[State]]:
             State(str(s["file"]), int(s["network"]), int(s["step"]), float(s["accuracy"]))
             for s in content["states"]
         ]
+        for state in states:
+            if Path(state.file).name != state.file or not math.isfinite(state.accuracy):
+                raise ValueError(f"a state {state.file!r} of accuracy {state.accuracy}")
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} holds no {DESCRIPTION}: name the folder of python -m dmfast.pretrain"
         ) from error
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is no pool of this program ({error}); name another") from error
     return {key: value for key, value in content.items() if key != "states"}, states
 

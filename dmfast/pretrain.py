@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports that take long
 
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -55,6 +56,7 @@ from .training import train
 _WIDTH = 10.0  # of a band, in %
 _FIRST_NETWORK = 2**25  # its number: one that no evaluated network and no coreset's has
 _TEST_BATCH = 500
+_STATE = re.compile(r"\d{4,}-\d{6,}\.safetensors")
 _Keep = Callable[[Network, int, float], None]  # step and accuracy
 
 
@@ -155,11 +157,12 @@ def run(config: PretrainConfig, *, command: str | None = None) -> list[State]:
 
 
 def _begin(folder: Path, facts: dict[str, Any], overwrite: bool) -> list[State]:
-    """The states that the folder has of the same pool."""
+    """The states that the folder has of the same pool, which is begun where there is none."""
     if not (folder / pool.DESCRIPTION).exists():
-        others = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if others:
             raise InputError(f"{folder} holds {others[0]}, and no pool; choose another --out")
+        pool.write(folder, facts, [])  # by which the folder is known, whatever ends the first
         return []
     there, states = pool.read(folder)
     wanted = json.loads(json.dumps(facts))
@@ -169,16 +172,24 @@ def _begin(folder: Path, facts: dict[str, Any], overwrite: bool) -> list[State]:
         if there.get(key) != value
     ]
     if not differences:
+        _remove(folder, known=states)
         return states
     if not overwrite:
         raise InputError(
             f"{folder} holds another pool ({'; '.join(differences)}): --overwrite replaces it; or "
             "choose another --out"
         )
-    for state in states:
-        (folder / state.file).unlink(missing_ok=True)
-    (folder / pool.DESCRIPTION).unlink()
+    _remove(folder, known=[])
+    pool.write(folder, facts, [])
     return []
+
+
+def _remove(folder: Path, known: Sequence[State]) -> None:
+    """Removes states that are not known: those of a network whose training was killed."""
+    files = {state.file for state in known}
+    for path in folder.iterdir():
+        if _STATE.fullmatch(path.name) and path.name not in files:
+            path.unlink()
 
 
 def _train_one(

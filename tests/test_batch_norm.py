@@ -181,9 +181,6 @@ def test_constant_images_and_values_that_are_not_finite(channels: int) -> None:
     conv_weight = Block(channels, 16, (8, 8)).parameters()[0]
     constant = torch.ones(3, channels, 8, 8)
     out, found = ops.conv_batch_norm_relu_pool(constant, conv_weight, padding=0)
-    expected, _ = reference.conv_batch_norm_relu_pool(
-        constant.double(), conv_weight.double(), padding=0
-    )
     assert out.isfinite().all()
     assert found[1].abs().max() < 1e-9
     for value in (float("nan"), float("inf")):

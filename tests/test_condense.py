@@ -401,6 +401,12 @@ def test_evaluations_are_recorded(out: Path, evaluations, capsys) -> None:
     assert call.strategy == "color_crop_cutout_scale_rotate"
 
 
+def test_without_graphs_evaluations_are_without(out: Path, evaluations) -> None:
+    small(out, evaluate_every=6)
+    small(out, evaluate_every=6, graph="off", overwrite=True)
+    assert [call.graph for call in evaluations] == ["auto", "auto", "off", "off"]
+
+
 def test_an_evaluation_that_was_interrupted_is_made_on_resuming(
     out: Path, evaluations, monkeypatch
 ) -> None:

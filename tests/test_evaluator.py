@@ -176,6 +176,17 @@ def test_replayed_epochs_are_eager_ones(networks: int, precision: str) -> None:
         assert torch.equal(eager, replayed)
 
 
+def test_epochs_of_real_images_can_be_recorded(digits: data.ImageData) -> None:
+    """Which stay bytes until they are picked."""
+    made = []
+    for recorder in (None, Tape()):
+        network = get_network(MODEL, 1, 10, (8, 8), seed=0)
+        images, labels = digits.normalised(), digits.train_labels
+        training.train(network, images, labels, epochs=3, seed=1, recorder=recorder)
+        made.append(network.classifier.weight)
+    assert torch.equal(*made)
+
+
 # ---- the evaluator
 
 
@@ -342,6 +353,17 @@ def test_recorded_epochs_give_the_same_accuracies(
 def test_wrong_options(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         EvaluateConfig(whole=True, **options)
+
+
+def test_wrong_arguments(digits: data.ImageData, few: Any) -> None:
+    for name in ("networks", "networks_at_once"):
+        with pytest.raises(InputError, match=f"{name} must be 1 or more, got 0"):
+            evaluated(digits, few, **{name: 0})
+    images, labels = few
+    with pytest.raises(InputError, match="0 images with 0 labels"):
+        evaluated(digits, (images[:0], labels[:0]))
+    with pytest.raises(InputError, match="30 images with 29 labels"):
+        evaluated(digits, (images, labels[:29]))
 
 
 def test_graphs_are_of_a_gpu(digits: data.ImageData, few: Any) -> None:

@@ -346,10 +346,13 @@ def test_a_run_and_its_accuracy(tmp_path: Path) -> None:
         '{"iteration": 10, "seconds": 1.0}\n{"iteration": 20, "seconds": 2.0}\n'
     )
     assert gpu.read_condensing(tmp_path)[1] == "20 iterations in 2.0 s"
-    found = {"accuracy_mean": 48.84, "accuracy_std": 0.3, "networks": 3, "set": "x"}
+    found = {
+        **{"accuracy_mean": 48.84, "accuracy_std": 0.3, "networks": 20, "set": "x"},
+        "seconds": 4.21,
+    }
     (tmp_path / "evaluation.json").write_text(json.dumps(found))
     result, words = gpu.read_accuracy(tmp_path)
-    assert words == "48.8 % +- 0.3 over 3 networks"
+    assert words == "48.8 % +- 0.3 over 20 networks in 4.2 s"
     assert "set" not in result
 
 

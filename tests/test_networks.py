@@ -358,6 +358,41 @@ def test_fused_batch_norm_trains_as_torchs_does(channels: int) -> None:
         assert torch.equal(value, fused[name])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_by_running_statistics_are_torchs(channels: int) -> None:
+    """They do not cancel the biases of the convolutions, as those of a batch do."""
+    generator = torch.Generator().manual_seed(0)
+    pair = batch_norm_pair(channels)
+    state = {
+        name: 0.5 + torch.rand(value.shape, generator=generator)
+        for name, value in pair[0].state_dict().items()
+        if value.is_floating_point() and "features" in name
+    }
+    images = torch.randn(5, channels, 12, 10, generator=generator)
+    gradients = []
+    for network in pair:
+        network.load_state_dict(state, strict=False)
+        network.eval()(images).square().mean().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters()})
+    for name, expected in gradients[1].items():
+        assert expected.any()
+        torch.testing.assert_close(gradients[0][name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_batch_norm_of_a_network_in_half_precision(dtype: torch.dtype) -> None:
+    pair = [network.to(dtype) for network in batch_norm_pair(3)]
+    images = torch.randn(6, 3, 12, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert pair[0].batch_norm_blocks(images.device, dtype) is not None
+    for _ in range(2):
+        trained = [network.train()(images) for network in pair]
+        torch.testing.assert_close(*trained, rtol=0, atol=0.1)
+    for name, value in pair[1].state_dict().items():
+        assert pair[0].state_dict()[name].dtype == value.dtype
+        torch.testing.assert_close(pair[0].state_dict()[name], value, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(*(network.eval()(images) for network in pair), rtol=0, atol=0.1)
+
+
 def test_batch_norms_that_track_otherwise_go_by_torch() -> None:
     for change in ("momentum", "track_running_stats"):
         network, _ = batch_norm_pair(3)

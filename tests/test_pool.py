@@ -131,6 +131,33 @@ def test_interrupted_it_goes_on_with_the_same_network(
     assert pool.read(tmp_path / "p")[1] == pool.read(trained)[1]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_killed_it_goes_on_with_the_same_network(
+    number: int, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the network had written is there, and none of the handlers has run."""
+    left = tmp_path / "p" / f"{number:04d}-999999.safetensors"
+    seen: list[Path] = []
+
+    def kill(path: Path, network: Any) -> None:
+        write(path, network)
+        if path.name.startswith(f"{number:04d}"):
+            seen.extend(path.parent.iterdir())
+            raise KeyboardInterrupt
+
+    write = pool.write_state
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "write_state", kill)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(config(tmp_path / "p"))
+    left.write_bytes(b"")
+    (tmp_path / "p" / ".pool.1.partial.json").write_bytes(b"{")
+    pretrain.run(config(tmp_path / "p"))
+    assert tmp_path / "p" / "pool.json" in seen
+    assert not left.exists()
+    assert pool.read(tmp_path / "p")[1] == pool.read(trained)[1]
+
+
 def test_what_is_there_is_not_trained_again(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,17 +258,22 @@ def test_pools_that_cannot_be_used(trained: Path, tmp_path: Path) -> None:
     network = get_network(MODEL, 1, 10, (8, 8), seed=0)
     with pytest.raises(InputError, match=r"holds no pool.json: name the folder"):
         NetworkPool(tmp_path, "all", network, MODEL)
-    with pytest.raises(InputError, match=r"no network of an accuracy in --band 99.9-.*from 0|10"):
+    with pytest.raises(InputError, match=r"no network of an accuracy in --band 99.9-.*from (0|10)"):
         NetworkPool(trained, "99.9-", network, MODEL)
     with pytest.raises(InputError, match=f"give --model {MODEL}"):
         NetworkPool(trained, "all", network, "ConvNet")
     larger = get_network(MODEL, 1, 10, (12, 12), seed=0)
     with pytest.raises(InputError, match="does not fit"):
         NetworkPool(trained, "all", larger, MODEL)
-    (tmp_path / "pool.json").write_text("{}")
-    with pytest.raises(InputError, match="is no pool of this program"):
-        NetworkPool(tmp_path, "all", network, MODEL)
+    for text in ("{}", "[" * 100_000):
+        (tmp_path / "pool.json").write_text(text)
+        with pytest.raises(InputError, match="is no pool of this program"):
+            NetworkPool(tmp_path, "all", network, MODEL)
     facts, states = pool.read(trained)
+    for state in (State("../x.safetensors", 0, 0, 50.0), State("x", 0, 0, float("nan"))):
+        pool.write(tmp_path, facts, [state])
+        with pytest.raises(InputError, match="is no pool of this program"):
+            NetworkPool(tmp_path, "all", network, MODEL)
     pool.write(tmp_path, facts, [State("gone.safetensors", 0, 0, 50.0), *states])
     with pytest.raises(InputError, match=r"gone.safetensors cannot be read"):
         NetworkPool(tmp_path, "50-60", network, MODEL)
@@ -324,7 +356,7 @@ def test_condensing_and_resuming_on_a_pool(trained: Path, tmp_path: Path) -> Non
         condense.run(CondenseConfig(**(again | {"band": "40-"})))
     facts, states = pool.read(moved)
     pool.write(moved, facts, states[:-1])
-    with pytest.raises(InputError, match="was begun with --pool"):
+    with pytest.raises(InputError, match=r"with --networks-from, a pool of digest '\w+', not"):
         condense.run(CondenseConfig(**again))
 
 
