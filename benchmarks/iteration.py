@@ -314,7 +314,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
     for ipc in (1, 10, 50):  # as dmfast.evaluate trains them
         images = min(10 * ipc, 256)
         networks = min(512 // images, 20)
-        yield f"evaluation-ipc{ipc}", training_case(images, networks)
+        # As many steps that making an optimizer, once a training, does not count.
+        yield f"evaluation-ipc{ipc}", training_case(images, networks, steps=max(2, 100 // images))
     yield "dsa-ipc1", gradient_matching_case(1, LOOPS[1])
     # Of ten rounds two are made, with the training between them.
     yield "dsa-ipc10", gradient_matching_case(10, Loops(2, LOOPS[10].inner))

@@ -10,12 +10,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import accuracy
 import iteration
 import pytest
 import roofline
 import stages
+import table1
 import torch
 from tables import with_content
 
@@ -89,6 +91,42 @@ def test_commands_have_these_options(command: str) -> None:
 def test_the_accuracy_table_is_that_of_the_results() -> None:
     assert accuracy.with_table(README) == README
     assert accuracy.table().count("\n") > 2, "no results are committed"
+
+
+def test_the_table_of_rivals_is_that_of_the_results() -> None:
+    assert table1.with_table(README) == README
+    assert table1.table().count("\n") > 2, "no results are committed"
+
+
+def test_a_table_of_rivals_is_kept_without_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cell(dataset: str, method: str, **more: Any) -> dict[str, Any]:
+        return {
+            **{"dataset": dataset, "images_per_class": 1, "method": method, "paper": None},
+            **{"sets": [{"iterations": None}], "accuracy_mean": 50.04, "accuracy_std": 0.26},
+            **{"commands": ["evaluate --data-root /d/ata --out /o/ut/x"]} | more,
+        }
+
+    paper = {"mean": 64.9, "std": 3.5, "rebuilt": True}
+    cells = [
+        cell("mnist", "random", paper=paper),
+        cell("mnist", "dm", sets=[{"iterations": 1500}]),
+        cell("cifar10", "herding"),
+        cell("cifar10", "k-center", sets=[]),
+    ]
+    content = {"options": {"data_root": "/d/ata", "out": "/o/ut"}, "cells": cells}
+    (tmp_path / "table1.json").write_text(json.dumps(content))
+    monkeypatch.setattr(table1, "RESULTS", tmp_path)
+    kept = table1.keep(tmp_path / "table1.json")
+    assert [path.name for path in kept] == ["table1-mnist.json", "table1-cifar10.json"]
+    assert not [
+        path for path in kept if "/d/ata" in path.read_text() or "/o/ut" in path.read_text()
+    ]
+    shown = table1.table()
+    assert "| MNIST | 1 | **50.0 ± 0.3** (64.9 ± 3.5*) | not run |" in shown
+    assert "| CIFAR-10 | 1 | not run | not run | **50.0 ± 0.3** | not run |" in shown
+    assert shown.endswith("Iterations of condensing: DM on MNIST at 1: 1,500.\n")
 
 
 def test_the_table_of_times_is_that_of_the_results() -> None:
