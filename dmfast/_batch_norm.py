@@ -19,10 +19,16 @@ from ._blocks import (
     check_eps,
     check_padding,
     check_precision,
+    has_bfloat16_products,
     is_fused,
     like_parameter,
 )
-from ._operators import channels_last_like, only, without_autocast
+from ._operators import (
+    channels_last_like,
+    only,
+    register_no_second_derivative,
+    without_autocast,
+)
 from ._operators import operators as _ops
 
 Gradients = tuple[Tensor | None, ...]
@@ -90,7 +96,7 @@ def conv_batch_norm_relu_pool(
     except RuntimeError as error:
         raise _checks.of_layers(op, error) from error
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    bfloat16 = (precision or str(x.dtype)) in ("bfloat16", "torch.bfloat16")
+    bfloat16 = has_bfloat16_products(precision, x.dtype)
     out, _, found = _ops.conv_batch_norm_relu_pool(*operands, eps, padding, bfloat16, keep)
     return out.to(x.dtype), found
 
@@ -113,7 +119,7 @@ def conv_batch_statistics(
         if x.device.type != "cpu" or not is_fused([conv_weight], padding, precision, x.dtype):
             with without_autocast(x):
                 return _statistics(F.conv2d(x, conv_weight.to(x.dtype), padding=padding))
-        bfloat16 = (precision or str(x.dtype)) in ("bfloat16", "torch.bfloat16")
+        bfloat16 = has_bfloat16_products(precision, x.dtype)
         found: Tensor = _ops._conv_batch_statistics(
             x.float(), conv_weight.float(), padding, bfloat16
         )
@@ -238,19 +244,7 @@ def _backward(ctx: Any, gradient: Tensor | None, *rest: Tensor | None) -> Gradie
     return *only(gradients, wanted), *(None,) * 5
 
 
-def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    return None
-
-
-def _double_backward(ctx: Any, *gradients: Tensor) -> Gradients:
-    raise RuntimeError(
-        'conv_batch_norm_relu_pool: there is no second derivative; use precision="direct" for one'
-    )
-
-
 torch.library.register_autograd(
     "dmfast::conv_batch_norm_relu_pool", _backward, setup_context=_setup
 )
-torch.library.register_autograd(
-    "dmfast::_conv_batch_norm_relu_pool_backward", _double_backward, setup_context=_no_setup
-)
+register_no_second_derivative("_conv_batch_norm_relu_pool_backward", "conv_batch_norm_relu_pool")

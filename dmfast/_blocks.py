@@ -25,6 +25,7 @@ from ._operators import (
     images_format,
     like_images,
     only,
+    register_no_second_derivative,
     without_autocast,
 )
 from ._operators import operators as _ops
@@ -264,7 +265,7 @@ def conv_norm_relu_pool(
     eps, padding = check_eps(op, eps), check_padding(op, padding)
     check_block(op, x, conv_weight, weight, bias, padding)
     fused = is_fused([conv_weight], padding, precision, x.dtype)
-    bfloat16 = (precision or str(x.dtype)) in ("bfloat16", "torch.bfloat16")
+    bfloat16 = has_bfloat16_products(precision, x.dtype)
     if not fused or x.device.type != "cpu":
         try:
             with without_autocast(x):
@@ -412,25 +413,18 @@ def _block_backward(ctx: Any, gradient: Tensor | None, *rest: Tensor | None) -> 
     return *only(gradients, wanted), None, None, None, None
 
 
-def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    return None
-
-
-def _block_double_backward(ctx: Any, *gradients: Tensor) -> Gradients:
-    raise RuntimeError(
-        'conv_norm_relu_pool: there is no second derivative; use precision="direct" for one'
-    )
-
-
 torch.library.register_autograd(
     "dmfast::conv_norm_relu_pool", _block_backward, setup_context=_block_setup
 )
-torch.library.register_autograd(
-    "dmfast::_conv_norm_relu_pool_backward", _block_double_backward, setup_context=_no_setup
-)
+register_no_second_derivative("_conv_norm_relu_pool_backward", "conv_norm_relu_pool")
 
 
 # ---- shared ------------------------------------------------------------------------------------
+
+
+def has_bfloat16_products(precision: str | None, dtype: torch.dtype) -> bool:
+    """Whether blocks of that precision round the operands of products, for images of a dtype."""
+    return (precision or str(dtype)) in ("bfloat16", "torch.bfloat16")
 
 
 def check_precision(op: str, precision: str | None) -> None:

@@ -28,7 +28,7 @@ from .condense import CondenseConfig
 from .data import canonical_name
 from .data import load as load_data
 from .devices import PRECISIONS
-from .errors import InputError, choose
+from .errors import InputError, check_out, check_seed, choose
 from .evaluate import EvaluateConfig
 from .files import write_bytes
 from .gradient_matching import loops_of
@@ -106,10 +106,8 @@ class FigureConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InputError(f"--{name} must be {low} or more, got {value}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
-        if self.out == "":
-            raise InputError("--out is empty: name a folder, or leave it out")
+        check_seed(self.seed)
+        check_out(self.out)
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other: leave one out")
 

@@ -17,7 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._operators import accumulation_dtype, channels_last_like, only
+from ._operators import (
+    accumulation_dtype,
+    channels_last_like,
+    only,
+    register_no_second_derivative,
+)
 from ._operators import operators as _ops
 
 Gradients = tuple[Tensor | None, ...]
@@ -257,17 +262,5 @@ def _of_conv_weight(of_z: Tensor, x: Tensor, conv_weight: Tensor, padding: int) 
     return torch.stack([of_network(*row) for row in rows]).to(conv_weight.dtype)
 
 
-def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    return None
-
-
-def _double_backward(ctx: Any, *gradients: Tensor) -> Gradients:
-    raise RuntimeError(
-        'conv_norm_relu_pool: there is no second derivative; use precision="direct" for one'
-    )
-
-
 torch.library.register_autograd("dmfast::_fused_block", _backward, setup_context=_setup)
-torch.library.register_autograd(
-    "dmfast::_fused_block_backward", _double_backward, setup_context=_no_setup
-)
+register_no_second_derivative("_fused_block_backward", "conv_norm_relu_pool")

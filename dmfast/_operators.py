@@ -57,3 +57,14 @@ def no_gradient(name: str) -> None:
         raise RuntimeError(f"{name} has no gradient")
 
     torch.library.register_autograd(f"dmfast::{name}", backward, setup_context=setup)
+
+
+def register_no_second_derivative(backward: str, op: str) -> None:
+    """Has the derivative of an operator's backward be an error that says how to have one."""
+
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(f'{op}: there is no second derivative; use precision="direct" for one')
+
+    torch.library.register_autograd(
+        f"dmfast::{backward}", refuse, setup_context=lambda ctx, inputs, output: None
+    )

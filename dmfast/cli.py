@@ -93,6 +93,58 @@ class Parser(argparse.ArgumentParser):
                 flag, action=_Replaced, default=argparse.SUPPRESS, metavar="X", help=instead
             )
 
+    def add_data_root(self) -> None:
+        """Adds where the real images are."""
+        self.add_argument(
+            "--data-root",
+            metavar="DIR",
+            help="what holds the data set's folder or files (default: ./data, then $DMFAST_DATA)",
+        )
+
+    def add_loading(self) -> None:
+        """Adds how the real images are come by."""
+        self.add_argument(
+            "--download", action="store_true", help="fetch a data set where it is not found"
+        )
+        self.add_argument(
+            "--no-cache",
+            dest="cache",
+            action="store_false",
+            help="keep no decoded images of a data set",
+        )
+
+    def add_augmentation(self, words: Sequence[str], of: str, without: str) -> None:
+        """Adds the strategy of a training: ``of`` and ``without`` end the helps of its options."""
+        strategy = self.add_mutually_exclusive_group()
+        strategy.add_argument(
+            "--dsa-strategy",
+            metavar="WORDS",
+            help=f"{', '.join(words)}, joined by underscores, or none ({of})",
+        )
+        strategy.add_argument(
+            "--no-augmentation",
+            dest="dsa_strategy",
+            action="store_const",
+            const="none",
+            help=without,
+        )
+
+    def add_passes(self, precisions: Sequence[str], default: Any) -> None:
+        """Adds how and where networks' passes are made; ``default`` has what is left out."""
+        self.add_argument(
+            "--precision",
+            choices=precisions,
+            default=default.precision,
+            help="of the networks' passes; auto is bfloat16 on a GPU, and on a CPU that has its "
+            "instructions where the model is made of fused blocks",
+        )
+        self.add_argument(
+            "--device",
+            metavar="NAME",
+            default=default.device,
+            help="cpu, cuda, cuda:N, or auto (a GPU where there is one)",
+        )
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 

@@ -46,7 +46,7 @@ from .devices import (
     resolve_device,
     resolve_precision,
 )
-from .errors import InputError, choose
+from .errors import InputError, check_out, choose
 from .evaluator import evaluate_set
 from .gradient_matching import GradientMatcher, loops_of
 from .graphs import GRAPHS, Recorder, recorder_of
@@ -165,8 +165,7 @@ class CondenseConfig:
             parse_band(self.band)
         if self.method == "dc" and self.dsa_strategy and parse_strategy(self.dsa_strategy):
             raise InputError("--dsa-strategy: --method dc augments nothing; --method dsa does")
-        if self.out == "":
-            raise InputError("--out is empty: name a folder, or leave it out")
+        check_out(self.out)
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other: leave one out")
 

@@ -54,7 +54,7 @@ from .devices import (
     resolve_device,
     resolve_precision,
 )
-from .errors import InputError, choose
+from .errors import InputError, check_out, check_seed, choose
 from .files import write_bytes
 from .memory import keep_freed_pages
 from .networks import MODELS, Network, get_network, initialise_
@@ -115,10 +115,8 @@ class CoresetConfig:
             raise InputError(f"--ipc must be 1 or more, got {self.ipc}")
         if self.epochs is not None and self.epochs < 0:
             raise InputError(f"--epochs must be 0 or more, got {self.epochs}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
-        if self.out == "":
-            raise InputError("--out is empty: name a folder, or leave it out")
+        check_seed(self.seed)
+        check_out(self.out)
         of_network = {
             "--model": self.model,
             "--epochs": self.epochs,
@@ -529,11 +527,7 @@ def _parser() -> cli.Parser:
         default=default.dataset,
         help="a known name, a path or hf:owner/name",
     )
-    parser.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="what holds the data set's folder or files (default: ./data, then $DMFAST_DATA)",
-    )
+    parser.add_data_root()
     parser.add_argument("--ipc", metavar="N", type=int, default=default.ipc, help="images a class")
     parser.add_argument(
         "--model",
@@ -546,19 +540,10 @@ def _parser() -> cli.Parser:
         type=int,
         help=f"train it for epochs 0 to E, as dmfast.evaluate does (default: {_EPOCHS})",
     )
-    strategy = parser.add_mutually_exclusive_group()
-    strategy.add_argument(
-        "--dsa-strategy",
-        metavar="WORDS",
-        help=f"of its training: {', '.join(WORDS)}, joined by underscores, or none (default: the "
-        "preset, but none for forgetting)",
-    )
-    strategy.add_argument(
-        "--no-augmentation",
-        dest="dsa_strategy",
-        action="store_const",
-        const="none",
-        help="train it without",
+    parser.add_augmentation(
+        WORDS,
+        "default: the preset, but none for forgetting",
+        "train it without",
     )
     parser.add_argument(
         "--trained",
@@ -566,34 +551,14 @@ def _parser() -> cli.Parser:
         help="the folder of another coreset: take its network in place of training one",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=default.seed, help="of all draws")
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default=default.precision,
-        help="of the network's passes; auto is bfloat16 on a GPU, and on a CPU that has its "
-        "instructions where the model is made of fused blocks",
-    )
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        default=default.device,
-        help="cpu, cuda, cuda:N, or auto (a GPU where there is one)",
-    )
+    parser.add_passes(PRECISIONS, default)
     parser.add_argument(
         "--out", metavar="DIR", help="the coreset's folder (default: runs/NAME-METHOD-ipcN-seedN)"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace another coreset in the folder"
     )
-    parser.add_argument(
-        "--download", action="store_true", help="fetch the data set where it is not found"
-    )
-    parser.add_argument(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        help="keep no decoded images of the data set",
-    )
+    parser.add_loading()
     return parser
 
 

@@ -31,7 +31,7 @@ from ._sources import BASELINES, Source, digest, note, source_of
 from ._version import __version__
 from .augment import WORDS, parse_strategy
 from .devices import PRECISIONS, machine
-from .errors import InputError, choose
+from .errors import InputError, check_out, check_seed, choose
 from .evaluator import EvaluationResult, Evaluator, evaluate_set
 from .files import write_bytes
 from .graphs import GRAPHS
@@ -113,14 +113,12 @@ class EvaluateConfig:
         choose("--graph", self.graph, GRAPHS)
         if self.networks_at_once is not None and self.networks_at_once < 1:
             raise InputError(f"--networks-at-once must be 1 or more, got {self.networks_at_once}")
-        if self.out == "":
-            raise InputError("--out is empty: name a folder, or leave it out")
+        check_out(self.out)
         if self.networks is not None and self.networks < 1:
             raise InputError(f"--networks must be 1 or more, got {self.networks}")
         if self.epochs is not None and self.epochs < 0:
             raise InputError(f"--epochs must be 0 or more, got {self.epochs}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
+        check_seed(self.seed)
 
 
 def run(config: EvaluateConfig, *, command: str | None = None) -> EvaluationResult:
@@ -393,11 +391,7 @@ def _parser() -> cli.Parser:
         metavar="NAME",
         help="the real images: a known name, a path or hf:owner/name (default: what SET says)",
     )
-    parser.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="what holds the data set's folder or files (default: ./data, then $DMFAST_DATA)",
-    )
+    parser.add_data_root()
     parser.add_argument(
         "--indices",
         metavar="FILE",
@@ -427,19 +421,10 @@ def _parser() -> cli.Parser:
         "the whole set 50)",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=default.seed, help="of all draws")
-    strategy = parser.add_mutually_exclusive_group()
-    strategy.add_argument(
-        "--dsa-strategy",
-        metavar="WORDS",
-        help=f"{', '.join(WORDS)}, joined by underscores, or none (default: as SET says, else "
-        "the preset)",
-    )
-    strategy.add_argument(
-        "--no-augmentation",
-        dest="dsa_strategy",
-        action="store_const",
-        const="none",
-        help="train without, as the paper's random rows seem to be",
+    parser.add_augmentation(
+        WORDS,
+        "default: as SET says, else the preset",
+        "train without, as the paper's random rows seem to be",
     )
     parser.add_argument(
         "--protocol",
@@ -449,19 +434,7 @@ def _parser() -> cli.Parser:
         "networks, and 300 epochs without augmentation; best-epoch: as published, but the best of "
         "every 20th epoch and the last, which the test images choose",
     )
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default=default.precision,
-        help="of the networks' passes; auto is bfloat16 on a GPU, and on a CPU "
-        "that has its instructions where the model is made of fused blocks",
-    )
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        default=default.device,
-        help="cpu, cuda, cuda:N, or auto (a GPU where there is one)",
-    )
+    parser.add_passes(PRECISIONS, default)
     parser.add_argument(
         "--networks-at-once",
         metavar="N",
@@ -484,15 +457,7 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace another evaluation in the folder"
     )
-    parser.add_argument(
-        "--download", action="store_true", help="fetch the data set where it is not found"
-    )
-    parser.add_argument(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        help="keep no decoded images of the data set",
-    )
+    parser.add_loading()
     parser.add_argument(
         "--experiment",
         metavar="N",

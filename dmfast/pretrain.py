@@ -44,7 +44,7 @@ from .devices import (
     resolve_device,
     resolve_precision,
 )
-from .errors import InputError, choose
+from .errors import InputError, check_out, check_seed, choose
 from .memory import keep_freed_pages
 from .networks import Network, get_network, initialise_
 from .ops import Stream
@@ -96,10 +96,8 @@ class PretrainConfig:
         ):
             if value < least:
                 raise InputError(f"{flag} must be {least} or more, got {value}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
-        if self.out == "":
-            raise InputError("--out is empty: name a folder, or leave it out")
+        check_seed(self.seed)
+        check_out(self.out)
 
 
 def run(config: PretrainConfig, *, command: str | None = None) -> list[State]:
@@ -324,11 +322,7 @@ def _parser() -> cli.Parser:
         default=default.dataset,
         help="a known name, a path or hf:owner/name",
     )
-    parser.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="what holds the data set's folder or files (default: ./data, then $DMFAST_DATA)",
-    )
+    parser.add_data_root()
     parser.add_argument("--model", metavar="NAME", help="the networks (default: the preset)")
     parser.add_argument(
         "--networks", metavar="N", type=int, default=default.networks, help="how many"
@@ -347,48 +341,20 @@ def _parser() -> cli.Parser:
         default=default.validation,
         help="training images that are kept apart, by which states are told",
     )
-    strategy = parser.add_mutually_exclusive_group()
-    strategy.add_argument(
-        "--dsa-strategy",
-        metavar="WORDS",
-        help=f"{', '.join(WORDS)}, joined by underscores, or none (default: the preset)",
-    )
-    strategy.add_argument(
-        "--no-augmentation",
-        dest="dsa_strategy",
-        action="store_const",
-        const="none",
-        help="train without",
+    parser.add_augmentation(
+        WORDS,
+        "default: the preset",
+        "train without",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=default.seed, help="of all draws")
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default=default.precision,
-        help="of the networks' passes; auto is bfloat16 on a GPU, and on a CPU that has its "
-        "instructions where the model is made of fused blocks",
-    )
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        default=default.device,
-        help="cpu, cuda, cuda:N, or auto (a GPU where there is one)",
-    )
+    parser.add_passes(PRECISIONS, default)
     parser.add_argument(
         "--out", metavar="DIR", help="the pool's folder (default: runs/NAME-pool-seedN)"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace another pool in the folder"
     )
-    parser.add_argument(
-        "--download", action="store_true", help="fetch the data set where it is not found"
-    )
-    parser.add_argument(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        help="keep no decoded images of the data set",
-    )
+    parser.add_loading()
     return parser
 
 

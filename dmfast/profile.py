@@ -48,7 +48,7 @@ from .devices import (
     synchronise,
     versions,
 )
-from .errors import InputError, choose
+from .errors import InputError, check_seed, choose
 from .files import atomic_path, write_bytes
 from .graphs import GRAPHS, recorder_of
 from .loop import Loop
@@ -116,8 +116,7 @@ class ProfileConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
+        check_seed(self.seed)
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise InputError(f"--seconds must be a positive number, got {self.seconds}")
         if self.iterations is not None and self.seconds is not None:

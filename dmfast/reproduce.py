@@ -32,7 +32,7 @@ from ._jobs import CellJobs, facts_of
 from ._table_files import TableFiles, duration, size_words
 from ._tables import TABLES, Table, rank, select
 from .devices import PRECISIONS, machine, resolve_device
-from .errors import InputError, choose
+from .errors import InputError, check_out, choose
 from .memory import keep_freed_pages
 from .presets import PRESETS
 from .runs import locked
@@ -97,8 +97,7 @@ class TableConfig:
             raise InputError(
                 f"--seed must be from 0 to 2**63 - {self.sets}, the number of sets, got {self.seed}"
             )
-        if self.out == "":
-            raise InputError("--out is empty: name a folder, or leave it out")
+        check_out(self.out)
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other: leave one out")
 
@@ -313,11 +312,7 @@ def _add_figure_options(parser: cli.Parser) -> None:
 
 def _add_shared_options(parser: cli.Parser, networks: int, out: str) -> None:
     default = TableConfig
-    parser.add_argument(
-        "--data-root",
-        metavar="DIR",
-        help="what holds the data sets' folders or files (default: ./data, then $DMFAST_DATA)",
-    )
+    parser.add_data_root()
     parser.add_argument(
         "--networks", metavar="N", type=int, default=networks, help="trained on each set"
     )
@@ -337,19 +332,7 @@ def _add_shared_options(parser: cli.Parser, networks: int, out: str) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="the network, as ConvNetD4BN (default: the preset)"
     )
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default=default.precision,
-        help="of the networks' passes; auto is bfloat16 on a GPU, and on a CPU that has its "
-        "instructions where the model is made of fused blocks",
-    )
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        default=default.device,
-        help="cpu, cuda, cuda:N, or auto (a GPU where there is one)",
-    )
+    parser.add_passes(PRECISIONS, default)
     parser.add_argument(
         "--seed", metavar="N", type=int, default=default.seed, help="of the draws of the first set"
     )
@@ -360,15 +343,7 @@ def _add_shared_options(parser: cli.Parser, networks: int, out: str) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="remove what this command left in the folder"
     )
-    parser.add_argument(
-        "--download", action="store_true", help="fetch a data set where it is not found"
-    )
-    parser.add_argument(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        help="keep no decoded images of the data sets",
-    )
+    parser.add_loading()
 
 
 def _main(arguments: Sequence[str]) -> None:
