@@ -115,11 +115,7 @@ class GradientMatcher:
         self.momentum_buffer = torch.zeros_like(self.images)
         self._network = placed(network, device)
         self._parameters = list(self._network.parameters())
-        self._real = RealImages(
-            data.train_images.to(device),
-            torch.tensor(data.mean, dtype=torch.float32, device=device),
-            torch.tensor(data.std, dtype=torch.float32, device=device),
-        )
+        self._real = RealImages.of(data, data.train_images.to(device))
         order, class_offsets = data.by_class()
         self._sets = order.to(device), class_offsets.to(device)
         offsets, self._rows = data.batch_offsets(batch_real)

@@ -83,6 +83,15 @@ class RealImages:
     mean: Tensor
     std: Tensor
 
+    @staticmethod
+    def of(data: ImageData, images: Tensor) -> RealImages:
+        """``images`` of the set ``data``, where they are."""
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=images.device)
+            for values in (data.mean, data.std)
+        )
+        return RealImages(images, mean, std)
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -374,10 +383,8 @@ class Matcher:
             self._draw = lambda step: whole_batch
         else:
             self._draw = partial(draw, *(t.to(device) for t in (order, class_offsets, offsets)))
-        self._real = RealImages(
-            data.train_images.to(device) if self._batches is None else self._batches.batch,
-            torch.tensor(data.mean, dtype=torch.float32, device=device),
-            torch.tensor(data.std, dtype=torch.float32, device=device),
+        self._real = RealImages.of(
+            data, data.train_images.to(device) if self._batches is None else self._batches.batch
         )
         self._whole = has_batch_norm(network)
         self._plan = partial(
