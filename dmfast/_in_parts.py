@@ -84,12 +84,12 @@ def embed_in_parts(
 
 def _merged(parts: Sequence[tuple[Tensor, int]]) -> Tensor:
     """Statistics [2, K] of all from those of parts and their numbers of values."""
-    counts = torch.tensor([count for _, count in parts], dtype=torch.float64)
-    shares = (counts / counts.sum()).to(parts[0][0].device)[:, None]
-    means, variances = torch.stack([s.double() for s, _ in parts], 1)
-    mean = (shares * means).sum(0)
-    variance = (shares * (variances + (means - mean).square())).sum(0)
-    return torch.stack([mean, variance]).to(parts[0][0].dtype)
+    # Shares are numbers: a tensor of them would be sent to the device, which a graph cannot.
+    total = sum(count for _, count in parts)
+    wide = [(statistics.double(), count / total) for statistics, count in parts]
+    mean = torch.stack([share * s[0] for s, share in wide]).sum(0)
+    of_each = [share * (s[1] + (s[0] - mean).square()) for s, share in wide]
+    return torch.stack([mean, torch.stack(of_each).sum(0)]).to(parts[0][0].dtype)
 
 
 def _stages(network: Network, x: Tensor) -> tuple[list[_Stage], Callable[[Tensor], Tensor]]:

@@ -66,6 +66,19 @@ def plain(matcher: Matcher, steps: range) -> list[float]:
 # ---- recorded and replayed
 
 
+@pytest.mark.parametrize("model", ["ConvNetD2W16BN", "ConvNetD2W8BN"])
+def test_batch_norm_in_parts_can_be_recorded(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "_BATCH_NORM_BYTES", 0)
+    monkeypatch.setitem(matching._PIXELS_PER_PASS, "cpu", 5 * 12 * 8)
+    replayed, eager = build(model), build(model)
+    assert len(replayed._chunks[0].passes) > 1
+    tape = Tape()
+    losses = run(Loop(replayed, recorder=tape, required=True), 5)
+    assert tape.replayed == 3
+    assert losses == run(Loop(eager), 5)
+    assert_same(replayed, eager)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_replayed_iterations_are_eager_ones(model: str, precision: str) -> None:
