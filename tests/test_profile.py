@@ -16,7 +16,21 @@ import pytest
 import torch
 from recording import Tape
 
-from dmfast import InputError, _baselines, _convnet, _ranges, ceilings, memory, profile
+from dmfast import (
+    InputError,
+    _baselines,
+    _convnet,
+    _profile_job,
+    _profile_report,
+    _ranges,
+    _timing,
+    _torch_profile,
+    ceilings,
+    memory,
+    profile,
+)
+from dmfast.data import ImageData
+from dmfast.matching import Matcher
 from dmfast.profile import ProfileConfig, random_images, time_by_turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +43,8 @@ STATISTICS = {"median", "min", "max", "rounds", "units", "total", "host"}
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short measurements, and nothing compiled."""
     monkeypatch.setattr(ceilings, "_SECONDS", 0.001)
-    monkeypatch.setattr(profile, "_TURN", 0.001)
-    monkeypatch.setattr(profile, "_STAGE_ROUNDS", 3)
+    monkeypatch.setattr(_timing, "_TURN", 0.001)
+    monkeypatch.setattr(_timing, "_STAGE_ROUNDS", 3)
     fastest = _baselines.fastest
     monkeypatch.setattr(
         _baselines,
@@ -106,15 +120,15 @@ def test_a_replayed_iteration_is_timed_and_told(
 ) -> None:
     """By a recorder of the CPU's, in place of CUDA graphs."""
     monkeypatch.setattr(_convnet, "_check_values", lambda *tensors: None)  # it would read tensors
-    monkeypatch.setattr(profile, "_WARM_UP", {"cpu": 5})
+    monkeypatch.setattr(_timing, "_WARM_UP", {"cpu": 5})
     tape = Tape()
-    monkeypatch.setattr(profile, "recorder_of", lambda graph, device: tape)
+    monkeypatch.setattr(_profile_job, "recorder_of", lambda graph, device: tape)
     path = tmp_path / "trace.json"
     config = ProfileConfig(**SMALL, device="cpu", iterations=8, trace=str(path))
     result = profile.run(config)
     assert result["captured"]
     names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
-    assert names.count("replayed iteration") == names.count("iteration") == profile._TRACED
+    assert names.count("replayed iteration") == names.count("iteration") == _torch_profile.TRACED
     assert tape.recorded == 1
     assert tape.replayed >= 8
     assert result["condensing"]["losses_agree"]
@@ -139,21 +153,21 @@ def test_kernels_are_those_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def profiler(device: torch.device) -> Iterator[types.SimpleNamespace]:
         yield types.SimpleNamespace(key_averages=lambda: events)
 
-    monkeypatch.setattr(profile, "_profiler", profiler)
-    monkeypatch.setattr(profile, "synchronise", lambda device: None)
+    monkeypatch.setattr(_torch_profile, "_profiler", profiler)
+    monkeypatch.setattr(_torch_profile, "synchronise", lambda device: None)
     made: list[int] = []
-    assert profile._by_name(lambda: made.append(1), torch.device("cuda")) == [
+    assert _torch_profile.kernels_by_name(lambda: made.append(1), torch.device("cuda")) == [
         {"name": "long", "calls": 2, "seconds": pytest.approx(200e-6)},
         {"name": "short", "calls": 2, "seconds": pytest.approx(10e-6)},
     ]
-    assert len(made) == 1 + profile._TRACED
+    assert len(made) == 1 + _torch_profile.TRACED
 
 
 def test_losses_that_disagree_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = profile.TidiedIteration.step
-    monkeypatch.setattr(profile.TidiedIteration, "step", lambda self, k: 1.1 * step(self, k))
+    step = _baselines.TidiedIteration.step
+    monkeypatch.setattr(_baselines.TidiedIteration, "step", lambda self, k: 1.1 * step(self, k))
     result = profile.run(ProfileConfig(**SMALL, device="cpu", iterations=1))
     assert not result["condensing"]["losses_agree"]
     assert "THE LOSSES OF THE FIRST ITERATION DISAGREE" in capsys.readouterr().out
@@ -186,7 +200,7 @@ def test_the_command_leaves_a_trace(name: str, tmp_path: Path) -> None:
     trace = json.loads(gzip.decompress(packed) if name.endswith(".gz") else packed)
     names = [event.get("name") for event in trace["traceEvents"]]
     for stage in ("iteration", *_ranges.STAGES):
-        assert names.count(stage) == profile._TRACED
+        assert names.count(stage) == _torch_profile.TRACED
 
 
 @pytest.mark.parametrize(
@@ -232,11 +246,11 @@ def test_options_that_do_not_fit_are_named(options: dict[str, str], words: str) 
 
 def test_classes_that_are_smaller_than_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
     """The baselines take as many real images of each class; dmfast alone takes what there are."""
-    job = profile._Job.of(ProfileConfig(dataset="digits"))
+    job = profile._job_of(ProfileConfig(dataset="digits"))
     assert job.batch_real == int(job.data.by_class()[1].diff().min())
     assert f"{job.batch_real} real images a class, not 256" in capsys.readouterr().err
     assert job.setting().real == 10 * job.batch_real
-    alone = profile._Job.of(ProfileConfig(dataset="digits", baselines=False))
+    alone = profile._job_of(ProfileConfig(dataset="digits", baselines=False))
     assert alone.batch_real == 256
     assert alone.setting().real == len(alone.data.train_images)
 
@@ -245,16 +259,16 @@ def test_the_papers_claims_fit_their_settings() -> None:
     seconds = {"dmfast": {"median": 0.5}, "published": {"median": 2.0}}
     cifar10, tiny = random_images((3, 32, 32), 10, 1), random_images((3, 64, 64), 200, 1)
 
-    def extrapolated(data: profile.ImageData, ipc: int) -> list[dict[str, float] | None]:
-        claims = profile._papers_claims(data, ipc, seconds)
+    def extrapolated(data: ImageData, ipc: int) -> list[dict[str, float] | None]:
+        claims = _profile_report.papers_claims(data, ipc, seconds)
         return [claim["seconds_extrapolated"] for claim in claims]
 
     times = {"dmfast": 10_000.0, "published": 40_000.0}
     assert extrapolated(cifar10, 50) == [times, None]
     assert extrapolated(cifar10, 10) == [None, None]
     assert extrapolated(tiny, 10) == [None, times]
-    (claim, _) = profile._papers_claims(cifar10, 50, seconds)
-    assert profile._beside(claim) == (
+    (claim, _) = _profile_report.papers_claims(cifar10, 50, seconds)
+    assert _profile_report._beside(claim) == (
         "here 20,000 iterations would take dmfast 2.8 h, published 11.1 h: extrapolated from an "
         "iteration's time, not run, and the accuracy not measured"
     )
@@ -275,8 +289,8 @@ def test_contenders_take_turns() -> None:
 # ---- stages ------------------------------------------------------------------------------------
 
 
-def matcher(config: ProfileConfig) -> profile.Matcher:
-    return profile._Job.of(config).matcher()
+def matcher(config: ProfileConfig) -> Matcher:
+    return profile._job_of(config).matcher()
 
 
 def test_an_iteration_names_its_stages() -> None:
@@ -312,8 +326,8 @@ def test_the_clock_adds_up_the_chunks_and_tells_nvtx(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setitem(sys.modules, "nvtx", types.SimpleNamespace(annotate=annotate))
     ticks = iter([0, 1, 10, 30, 60, 64])
-    monkeypatch.setattr(profile.time, "perf_counter", lambda: next(ticks))
-    clock = profile._Clock(CPU)
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: next(ticks))
+    clock = _timing.Clock(CPU)
     for name in ("draw", "real pass", "draw"):
         with clock(name):
             pass
