@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmfast import cli, condense, devices, evaluate, matching
+from dmfast import _condense_options, cli, condense, devices, evaluate, matching
 from dmfast.condense import CondenseConfig
 from dmfast.errors import InputError
 from dmfast.presets import preset
@@ -513,7 +513,7 @@ def test_help_names_every_option(capsys) -> None:
     assert command("--help") == 0
     words = capsys.readouterr().out
     for field in CondenseConfig.__dataclass_fields__:
-        assert ("--no-cache" if field == "cache" else condense._flag(field)) in words
+        assert ("--no-cache" if field == "cache" else _condense_options.flag(field)) in words
 
 
 @pytest.mark.parametrize(
