@@ -101,6 +101,8 @@ class CondenseConfig:
             if value is not None and (value < low or (high is not None and value > high)):
                 span = f"{low} or more" if high is None else f"from {low} to {high}"
                 raise InputError(f"{flag(name)} must be {span}, got {value}")
+        if self.batch_real is not None and self.batch_real >= 2**63:
+            raise InputError(f"--batch-real {self.batch_real} is beyond any number of images")
         if self.lr_img is not None and not 0 < self.lr_img < math.inf:
             raise InputError(f"--lr-img must be a positive number, got {self.lr_img}")
         if not 0 <= self.momentum < 1:

@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before the imports that take long
     cli.main("dmfast.condense")
 
 import math
-import re
 import sys
 import time
 import zlib
@@ -35,9 +34,8 @@ from .data import ImageData
 from .data import load as load_data
 from .devices import (
     format_bytes,
-    free_memory,
-    is_out_of_memory,
     memory_budget,
+    memory_checked,
     peak_memory,
 )
 from .errors import InputError
@@ -85,11 +83,15 @@ def _run(config: CondenseConfig, options: Options, folder: RunFolder) -> Synthet
             options = replace(options, precision=checkpoint.options["precision"])
         check_resumed(options, checkpoint, folder)
     graph = options.graph if options.method == "dm" else "off"
-    recorder = recorder_of(graph, torch.device(options.device))
+    device = torch.device(options.device)
+    recorder = recorder_of(graph, device)
     source = load_data(
         options.dataset, options.data_root, cache=options.cache, download=options.download
     )
-    with _memory_checked(options):
+    remedy = f"choose a smaller --ipc than {options.ipc}"
+    if options.method == "dm" and device.type == "cuda":
+        remedy += ", or --memory-budget 0"
+    with memory_checked(device, "the images", remedy):
         condensation = _Condensation(options, source, folder, checkpoint, recorder)
     condensation.prepare_folder()
     _mention_small_classes(source, options.batch_real)
@@ -394,27 +396,6 @@ def _matching(options: Options, source: ImageData, network: Network, images: Ten
             "stay on the host, which sends each batch"
         )
     return matcher
-
-
-@contextmanager
-def _memory_checked(options: Options) -> Iterator[None]:
-    """Turns a lack of memory into an :class:`InputError`."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch has no class of its own for this on a CPU.
-        short = isinstance(error, MemoryError) or is_out_of_memory(error)
-        if not (short or re.search("alloc|overflow|of mem", str(error))):
-            raise
-        device = torch.device(options.device)
-        if device.type == "cuda":
-            raise InputError(
-                f"{device} has no memory for the images{free_memory(device)}: choose a smaller "
-                f"--ipc than {options.ipc}" + ", or --memory-budget 0" * (options.method == "dm")
-            ) from error
-        raise InputError(
-            f"--ipc {options.ipc} takes more memory than there is: choose a smaller one"
-        ) from error
 
 
 def _mention_small_classes(source: ImageData, batch_real: int) -> None:

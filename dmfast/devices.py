@@ -187,6 +187,25 @@ def free_memory(device: torch.device) -> str:
     return f" ({format_bytes(free)} of {format_bytes(total)} free)"
 
 
+@contextmanager
+def memory_checked(device: torch.device, what: str, remedy: str) -> Iterator[None]:
+    """Turns a lack of memory for ``what`` into an :class:`InputError` that names the remedy.
+
+    A size that is beyond the numbers of torch counts as one.
+    """
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        # torch has no class of its own for this on a CPU, and says more than the reason at length.
+        said = str(error).partition("\n")[0]
+        short = isinstance(error, MemoryError | OverflowError) or is_out_of_memory(error)
+        if not (short or re.search("alloc|[Oo]verflow|of mem", said)):
+            raise
+        raise InputError(f"{device} has no memory for {what}{free_memory(device)}: {remedy}") from (
+            error
+        )
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes of the device that this process has held at most; of a CPU, all of its memory."""
     if device.type == "cuda":

@@ -39,6 +39,7 @@ from .data import load as load_data
 from .devices import (
     PRECISIONS,
     machine,
+    memory_checked,
     peak_memory,
     resolve_device,
     resolve_precision,
@@ -190,17 +191,28 @@ def run(config: ProfileConfig) -> dict[str, Any]:
         What the JSON file holds.
 
     Raises:
-        InputError: an option or the data cannot be used, or they do not fit each other.
+        InputError: an option or the data cannot be used, they do not fit each other, or memory does
+            not suffice.
         OSError: a file cannot be written.
     """
     for path in (config.json, config.trace):
         if path is not None:  # where that fails it is to fail now
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-    result = _measure(config, _job_of(config))
+    with memory_checked(resolve_device(config.device), "what is to be timed", _less(config)):
+        result = _measure(config, _job_of(config))
     if config.json:
         write_bytes(Path(config.json), (json.dumps(result, indent=1) + "\n").encode())
     print(report(result))
     return result
+
+
+def _less(config: ProfileConfig) -> str:
+    """What to do where memory does not suffice."""
+    options = ["--ipc", "--batch-real", "--model"]
+    if config.dataset is None:
+        options = ["--images", "--classes", *options]
+    remedy = f"choose a smaller {', '.join(options[:-1])} or {options[-1]}"
+    return remedy + ", or leave the baselines out by --no-baselines" * config.baselines
 
 
 def _measure(config: ProfileConfig, job: Job) -> dict[str, Any]:

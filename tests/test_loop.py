@@ -16,7 +16,7 @@ from test_matching import matcher, three_classes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmfast import _condense_options, _convnet, condense, loop, matching
+from dmfast import _condense_options, _convnet, condense, devices, loop, matching
 from dmfast.errors import InputError
 from dmfast.evaluator import EvaluationResult
 from dmfast.graphs import CudaGraphs, recorder_of
@@ -441,7 +441,7 @@ def test_a_gpu_too_small_for_the_set_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(condense, "recorder_of", lambda *_: None)
     monkeypatch.setattr(_condense_options, "resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(condense, "memory_budget", lambda *_: 0)
-    monkeypatch.setattr(condense, "free_memory", lambda device: " (1.5 GiB of 79 GiB free)")
+    monkeypatch.setattr(devices, "free_memory", lambda device: " (1.5 GiB of 79 GiB free)")
     words = (
         r"^cuda has no memory for the images \(1.5 GiB of 79 GiB free\): choose a smaller --ipc "
         r"than 2, or --memory-budget 0$"

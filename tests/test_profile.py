@@ -244,6 +244,64 @@ def test_options_that_do_not_fit_are_named(options: dict[str, str], words: str) 
         profile.run(ProfileConfig(**(SMALL | {"device": "cpu"} | options)))
 
 
+CPU_IS_FULL = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 48000000000 bytes. Error code 12\nframe #0: c10::alloc_cpu"
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("Matcher", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")),
+        ("Matcher", RuntimeError(CPU_IS_FULL)),
+        ("initial_images", MemoryError()),
+        ("PublishedIteration", RuntimeError(CPU_IS_FULL)),
+        ("train", RuntimeError(CPU_IS_FULL)),
+    ],
+)
+def test_a_lack_of_memory_ends_in_one_line(
+    place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(_profile_job, place, full)
+    path = tmp_path / "profile.json"
+    config = ProfileConfig(**SMALL, device="cpu", iterations=1, json=str(path))
+    with pytest.raises(InputError) as raised:
+        profile.run(config)
+    assert str(raised.value) == (
+        "cpu has no memory for what is to be timed: choose a smaller --images, --classes, --ipc, "
+        "--batch-real or --model, or leave the baselines out by --no-baselines"
+    )
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"images": "3x100000000x100000000"},
+        {"images": "3x8x99999999999999999999"},
+        {"classes": 10**20},
+        {"ipc": 10**15},
+        {"batch_real": 10**20, "dataset": "digits", "images": None, "classes": None},
+    ],
+)
+def test_sizes_beyond_any_memory_end_in_one_line(options: dict[str, object]) -> None:
+    config = ProfileConfig(**(SMALL | {"device": "cpu", "baselines": False} | options))
+    with pytest.raises(InputError, match=r"^cpu has no memory for .* or --model$") as raised:
+        profile.run(config)
+    assert ("--images" in str(raised.value)) == (config.dataset is None)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("the kernel failed\nwhat was compiled: alloc(n); // overflow")
+    monkeypatch.setattr(_profile_job.Job, "setting", lambda self: (_ for _ in ()).throw(error))
+    with pytest.raises(RuntimeError, match="the kernel failed"):
+        profile.run(ProfileConfig(**SMALL, device="cpu"))
+
+
 def test_classes_that_are_smaller_than_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
     """The baselines take as many real images of each class; dmfast alone takes what there are."""
     job = profile._job_of(ProfileConfig(dataset="digits"))
