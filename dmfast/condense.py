@@ -30,6 +30,7 @@ from torch import Tensor
 from . import charts, cli
 from ._condense_options import EPOCHS, CondenseConfig, Options, check_resumed
 from ._condense_options import make_parser as _parser
+from ._sources import digest
 from .data import ImageData
 from .data import load as load_data
 from .devices import (
@@ -379,6 +380,7 @@ def _matching(options: Options, source: ImageData, network: Network, images: Ten
         assert options.band is not None
         network = placed(network, device)
         pool = NetworkPool(options.networks_from, options.band, network, options.model)
+        _mention_other_images(pool, options.networks_from, source)
     per_step = options.classes_per_step
     matcher = Matcher(
         source,
@@ -396,6 +398,18 @@ def _matching(options: Options, source: ImageData, network: Network, images: Ten
             "stay on the host, which sends each batch"
         )
     return matcher
+
+
+def _mention_other_images(pool: NetworkPool, folder: str, source: ImageData) -> None:
+    if pool.real_images == digest(source.train_images, source.train_labels):
+        return
+    same_name = pool.dataset == source.name
+    trained_on = "other images of the same name" if same_name else pool.dataset
+    _note(
+        f"the networks of {folder} were trained on {trained_on}, and what is condensed is "
+        f"{source.name}: if that is not meant, name a pool of python -m dmfast.pretrain --dataset "
+        f"{source.name}"
+    )
 
 
 def _mention_small_classes(source: ImageData, batch_real: int) -> None:

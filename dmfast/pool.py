@@ -121,6 +121,8 @@ class NetworkPool:
 
     Attributes:
         states: those of the band.
+        dataset: what the networks were trained on, as the pool calls it.
+        real_images: the digest of its training images and labels.
     """
 
     def __init__(self, folder: str | Path, band: str, network: Network, model: str) -> None:
@@ -140,6 +142,7 @@ class NetworkPool:
                 f"{folder} has networks {facts.get('model')!r}: give --model {facts.get('model')}, "
                 "or name another pool"
             )
+        self.dataset, self.real_images = facts.get("dataset"), facts.get("real_images")
         chosen = parse_band(band)
         self.states = [state for state in states if state.accuracy in chosen]
         if not self.states:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,38 @@ def test_condensing_and_resuming_on_a_pool(trained: Path, tmp_path: Path) -> Non
     pool.write(moved, facts, states[:-1])
     with pytest.raises(InputError, match=r"with --networks-from, a pool of digest '\w+', not"):
         condense.run(CondenseConfig(**again))
+
+
+def test_a_pool_of_another_data_set_is_mentioned(
+    trained: Path,
+    digits: data.ImageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It may be meant, so it is no error; what shares no more than the shape is used as well."""
+
+    def notes(name: str, change: int = 0) -> list[str]:
+        images = digits.train_images + change
+        changed = replace(digits, name=name, train_images=images)
+        monkeypatch.setattr(condense, "load_data", lambda *_, **__: changed)
+        capsys.readouterr()
+        options = {"model": MODEL, "ipc": 1, "batch_real": 16, "iterations": 1, "device": "cpu"}
+        condense.run(
+            CondenseConfig(
+                **options, networks_from=str(trained), out=str(tmp_path / "run"), overwrite=True
+            )
+        )
+        return capsys.readouterr().err.splitlines()
+
+    assert notes("digits") == []
+    assert notes("/elsewhere/digits.npz") == []  # the same images by another name
+    assert notes("mnist", 1) == [
+        f"dmfast.condense: the networks of {trained} were trained on digits, and what is condensed "
+        "is mnist: if that is not meant, name a pool of python -m dmfast.pretrain --dataset mnist"
+    ]
+    (note,) = notes("digits", 1)
+    assert "were trained on other images of the same name, and what is condensed is digits:" in note
 
 
 @pytest.mark.parametrize(
