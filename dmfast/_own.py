@@ -158,14 +158,15 @@ class OwnNetwork(Network):
         """Learns how it behaves once its weights are drawn.
 
         Raises:
-            InputError: it gives no embedding, or one that does not depend on the images.
+            InputError: it gives no embedding, or one that does not depend on the images, or
+                numbers that nothing can be learned from.
         """
         with _blamed(self.name, "embed"), torch.enable_grad():
             x = images[:2].clone().requires_grad_()
             embedding, embed_draws = self._watched(self._embed, x)
             mates = torch.stack([images[0], images[2]])
             (first, _), _ = self._watched(self._embed, mates)
-            _, forward_draws = self._watched(self.network, x)
+            logits, forward_draws = self._watched(self.network, x)
         if len(embedding) != 2 or not embedding.is_floating_point():
             raise self._error(
                 f"its embedding of {_described(x)} is {_described(embedding)}: it must be [2, D]"
@@ -174,10 +175,21 @@ class OwnNetwork(Network):
             raise self._error(
                 "its embedding has no gradient to the images: leave out detach and no_grad"
             )
+        if not embedding.isfinite().all():
+            raise self.not_finite(f"its embedding of {_described(x)} is")
+        if not are_sound(logits):
+            raise self.not_finite(f"its logits of {_described(x)} are")
         self._draws = embed_draws or forward_draws
         self._embedding_size = embedding.shape[1]
         self.mixes_batch = not torch.allclose(
             embedding[0], first, rtol=1e-4, atol=1e-6, equal_nan=True
+        )
+
+    def not_finite(self, what: str) -> InputError:
+        """What to raise where numbers of its passes, as ``its logits are``, are not finite."""
+        return self._error(
+            f"{what} not finite: look for a division by 0, a logarithm or root of numbers below 0, "
+            "or numbers that grow from layer to layer, which a norm between them prevents"
         )
 
     @torch.no_grad()
@@ -278,6 +290,11 @@ class OwnNetwork(Network):
 
     def _error(self, words: str) -> InputError:
         return InputError(f"--model {self.name}: {words}")
+
+
+def are_sound(logits: Tensor) -> Tensor:
+    """Whether each row has a softmax: one of them may be minus infinity, as of a masked class."""
+    return logits.logsumexp(1).isfinite().all()
 
 
 class _Reached(BaseException):

@@ -30,6 +30,7 @@ from torch import Tensor
 from . import charts, cli
 from ._condense_options import EPOCHS, CondenseConfig, Options, check_resumed
 from ._condense_options import make_parser as _parser
+from ._own import is_own
 from ._sources import digest
 from .data import ImageData
 from .data import load as load_data
@@ -251,9 +252,9 @@ class _Condensation:
             self._fail(f"the images are not finite after iteration {made}")
 
     def _fail(self, what: str) -> NoReturn:
-        raise InputError(
-            f"{what}: choose a smaller --lr-img than {self._options.lr_img:g}; {self._folder.kept}"
-        )
+        model, lr = self._options.model, self._options.lr_img
+        own = f", or have {model} keep its embedding in bounds, as by a norm" * is_own(model)
+        raise InputError(f"{what}: choose a smaller --lr-img than {lr:g}{own}; {self._folder.kept}")
 
     def _report(self, iteration: int, read: Callable[[], Reading], bar: Any) -> None:
         self._check(read())

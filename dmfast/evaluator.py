@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ._own import OwnNetwork, are_sound
 from ._stack import NetworkStack, can_stack
 from .augment import parse_strategy
 from .data import ImageData, NormalisedImages
@@ -149,8 +150,8 @@ class Evaluator:
                 minus those that have to go through some again.
 
         Raises:
-            InputError: memory does not suffice for one network, or an epoch cannot be recorded in
-                a CUDA graph but has to be.
+            InputError: memory does not suffice for one network, an epoch cannot be recorded in a
+                CUDA graph but has to be, or a network of the user's has no finite logits any more.
         """
         counted = 0
 
@@ -215,7 +216,7 @@ class Evaluator:
             for number in range(networks):
                 if network is not None:
                     network.copy_to(self._network, number)
-                best[number] = max(best[number], self._test())
+                best[number] = max(best[number], self._test(first + number))
             self._network.train()
 
         def after_epoch() -> None:
@@ -256,9 +257,12 @@ class Evaluator:
         return self._stack
 
     @torch.no_grad()
-    def _test(self) -> float:
+    def _test(self, index: int) -> float:
+        """The accuracy of the network, which is that of number ``index``."""
         self._network.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        sound = torch.ones((), dtype=torch.bool, device=self.device)
+        own = self._network if isinstance(self._network, OwnNetwork) else None
         for images, labels in zip(
             torch.split(self._test_images, _TEST_BATCH),
             torch.split(self._test_labels, _TEST_BATCH),
@@ -267,6 +271,13 @@ class Evaluator:
             with autocast(self.device, self.precision):
                 logits = self._network(images)
             correct += (logits.argmax(1) == labels).sum()
+            if own is not None:
+                sound &= are_sound(logits.float())
+        if own is not None and not sound:
+            raise own.not_finite(
+                f"the logits of network {index + 1}, trained at a learning rate of "
+                f"{self.learning_rate:g}, are"
+            )
         return 100 * correct.item() / len(self._test_labels)
 
 

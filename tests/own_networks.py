@@ -229,6 +229,34 @@ class NoTensor(Embedding):
         return self.last(super().embed(x).flatten(1))
 
 
+class Logarithm(Embedding):
+    """Of numbers below 0."""
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        return super().embed(x).log()
+
+
+class Divided(Embedding):
+    """By 0; what is matched is as it should be."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.embed(x).flatten(1)) / 0
+
+
+class Masked(Embedding):
+    """A class that no image is of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([super().forward(x)[:, :-1], x.new_full((len(x), 1), -torch.inf)], 1)
+
+
+class Exploding(Embedding):
+    """Its numbers are finite at first, but too large to be trained."""
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.hidden(x.reshape(len(x), -1)) * 1e4) ** 3
+
+
 _ONE = plain(3, 2, (8, 8))
 
 

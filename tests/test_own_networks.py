@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -247,6 +248,11 @@ def test_files_beside_it_can_be_imported(tmp_path: Path) -> None:
         ("pruned", r"layer '0' \(Conv2d\) has a parameter 'weight_orig' that nothing draws"),
         ("Detached", "no gradient to the images"),
         ("NoTensor", "its embedding is a list"),
+        (
+            "Logarithm",
+            r"its embedding of a tensor of shape \[2, 3, 8, 8\] is not finite: look for a division",
+        ),
+        ("Divided", r"its logits of a tensor of shape .* are not finite: .* a norm between them"),
     ],
 )
 def test_unusable_networks(function: str, words: str) -> None:
@@ -435,6 +441,44 @@ def test_gradient_matching_and_a_coreset(path: str, tmp_path: Path) -> None:
         assert torch.equal(chosen.indices, coreset.run(replace(config, overwrite=True)).indices)
     made = json.loads((tmp_path / "herding" / "coreset.json").read_text())
     assert made["network"]["model_file"] == model_file(config.model)
+
+
+def test_a_network_that_diverges_is_named(path: str, tmp_path: Path) -> None:
+    """And what came before it is kept."""
+    model, out = f"{FILE}:Exploding", str(tmp_path / "run")
+    options = {"dataset": path, "iterations": 20, "checkpoint_every": 5, "lr_img": 1.0, "out": out}
+    with pytest.raises(InputError) as raised:
+        condense.run(CondenseConfig(model=model, **options, **SETTINGS))
+    words = str(raised.value)
+    assert "\n" not in words
+    assert words.startswith(("the loss is ", "the images are not finite "))
+    assert (
+        f"choose a smaller --lr-img than 1, or have {model} keep its embedding in bounds, as by a "
+        "norm; the checkpoint of iteration "
+    ) in words
+    condense.run(CondenseConfig(model="MLP", **options, overwrite=True, **SETTINGS))
+    evaluation = EvaluateConfig(
+        set=out, model=model, networks=8, epochs=10, device="cpu", cache=False
+    )
+    words = (
+        rf"^--model {re.escape(model)}: the logits of network (\d), trained at a learning rate of "
+        r"0.01, are not finite: look for [^\n]*$"
+    )
+    with pytest.raises(InputError, match=words) as raised:
+        evaluate.run(evaluation)
+    number = int(re.match(words, str(raised.value))[1])
+    partial = json.loads((tmp_path / "run" / "evaluation.partial.json").read_text())
+    assert len(partial["accuracies"]) == number - 1
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_a_class_may_be_masked(path: str, tmp_path: Path) -> None:
+    """By a logit of minus infinity, which has a softmax."""
+    options = {"baseline": "random", "ipc": 1, "networks": 1, "epochs": 0, "device": "cpu"}
+    config = EvaluateConfig(
+        dataset=path, model=f"{FILE}:Masked", out=str(tmp_path), cache=False, **options
+    )
+    assert evaluate.run(config).accuracies == (50.0,)
 
 
 def test_a_profile(path: str, tmp_path: Path) -> None:
