@@ -38,7 +38,7 @@ from .graphs import GRAPHS
 from .memory import keep_freed_pages
 from .networks import MODELS
 from .presets import preset
-from .runs import locked
+from .runs import interrupts_deferred, locked
 from .training import PROTOCOLS
 
 __all__ = ["BASELINES", "EvaluateConfig", "EvaluationResult", "evaluate_set", "run"]
@@ -202,6 +202,8 @@ def _run(
     result = record.read(networks, config.overwrite)
     if len(result.accuracies) == networks:
         note("this evaluation is there already; nothing was trained")
+        if record.partial.exists():  # it was stopped between its last network and its end
+            record.finish(result)
     else:
         record.write(result)  # where that fails it is to fail now
         result = _evaluate_rest(evaluator, source, networks, epochs, record, result)
@@ -235,10 +237,11 @@ def _evaluate_rest(
                 bar.set_description(f"{which}/{networks}")
                 accuracies = evaluator(sets, index, bar.update)
                 now = time.perf_counter()
-                result = EvaluationResult(
-                    (*result.accuracies, *accuracies), result.seconds + now - began
-                )
-                record.write(result)
+                with interrupts_deferred():
+                    result = EvaluationResult(
+                        (*result.accuracies, *accuracies), result.seconds + now - began
+                    )
+                    record.write(result)
                 done = len(result.accuracies)
                 left = (now - start) / (done - first) * (networks - done)
                 found = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
@@ -249,9 +252,15 @@ def _evaluate_rest(
                         flush=True,
                     )
     except KeyboardInterrupt:
+        done = len(result.accuracies)
         print(
-            f"{len(result.accuracies)} of {networks} networks are done and kept in "
-            f"{record.partial}; the same command continues with the next",
+            f"{done} of {networks} networks are done and kept in {record.partial}; the same "
+            "command "
+            + (
+                f"continues with network {done + 1}, from its first epoch"
+                if done < networks
+                else "finishes the evaluation"
+            ),
             file=sys.stderr,
         )
         raise
@@ -329,8 +338,9 @@ class _Record:
 
     def finish(self, result: EvaluationResult) -> None:
         """Keeps all of them."""
-        self._write(self.final, result)
-        self.partial.unlink()
+        with interrupts_deferred():
+            self._write(self.final, result)
+            self.partial.unlink()
 
     def _write(self, path: Path, result: EvaluationResult) -> None:
         statistics = (

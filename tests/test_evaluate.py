@@ -674,7 +674,11 @@ def test_interrupted_evaluation_continues_to_the_same_result(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
-        assert "1 of 2 networks are done" in errors
+        assert errors.splitlines()[-2:] == [
+            f"1 of 2 networks are done and kept in {out / 'evaluation.partial.json'}; the same "
+            "command continues with network 2, from its first epoch",
+            "python -m dmfast.evaluate: interrupted",
+        ]
     assert not (out / "evaluation.json").exists()
     began = json.loads((out / "evaluation.partial.json").read_text())
     assert len(began["accuracies"]) == 1
@@ -684,6 +688,49 @@ def test_interrupted_evaluation_continues_to_the_same_result(
     assert result.accuracies == whole.accuracies
     assert result.accuracies[0] == began["accuracies"][0]
     assert not (out / "evaluation.partial.json").exists()
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_an_interrupt_while_networks_are_kept_waits_until_they_are(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], networks: int
+) -> None:
+    write = evaluate.write_bytes
+
+    def interrupted(path: Path, content: bytes) -> None:
+        if json.loads(content)["networks"] == networks:
+            signal.raise_signal(signal.SIGINT)
+        write(path, content)
+
+    options = {"set": str(saved), "networks": 2, "networks_at_once": 1}
+    partial = saved.parent / "evaluation.partial.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "write_bytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(quick(**options))
+    goes_on = "continues with network 2, from its first epoch" if networks == 1 else "finishes"
+    words = f"{networks} of 2 networks are done and kept in {partial}; the same command {goes_on}"
+    assert words in capsys.readouterr().err
+    assert len(json.loads(partial.read_text())["accuracies"]) == networks
+    assert len(evaluate.run(quick(**options)).accuracies) == 2
+    assert not partial.exists()
+    assert written(saved.parent)["networks"] == 2
+
+
+def test_an_interrupt_at_the_end_leaves_the_whole_evaluation(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = evaluate.write_bytes
+
+    def interrupted(path: Path, content: bytes) -> None:
+        if path.name == "evaluation.json":
+            signal.raise_signal(signal.SIGINT)
+        write(path, content)
+
+    monkeypatch.setattr(evaluate, "write_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(quick(set=str(saved)))
+    assert len(written(saved.parent)["accuracies"]) == written(saved.parent)["networks"]
+    assert not (saved.parent / "evaluation.partial.json").exists()
 
 
 def test_finished_evaluation_is_read_and_extended_but_not_repeated(
