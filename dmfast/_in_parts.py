@@ -3,7 +3,9 @@
 
 Batch norm needs all images of a layer before any of the next. Layer by layer the statistics of all
 are gathered from parts, which are embedded again from the beginning, by the statistics that are
-known already; what is small enough is kept on the way.
+known already; what is small enough is kept on the way. The gradient is taken in the same way, with
+the statistics as variables of their own: from the last to the first, the gradient in each is
+gathered from all parts, and joins what flows into the layers before.
 """
 
 from __future__ import annotations
@@ -11,13 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import ops
 from .networks import ConvNet, FusedBlock, Network
+
+#: A batch norm, and the layers between it and the one before.
+_Layer = tuple[nn.Sequential, nn.BatchNorm2d]
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,160 @@ def embed_in_parts(
             autocast.
         kept_bytes: as much may be kept of all parts between one layer and the next.
     """
+    return _embed(network, images, kept_bytes)[0]
+
+
+def embed_with_gradient(network: Network, images: Tensor, *, rows: int, kept_bytes: int) -> Tensor:
+    """The embeddings [N, D] of images [N, C, H, W], as ``network.embed`` gives them.
+
+    They have a gradient in the images alone, once; it is taken in parts, too, in as many passes as
+    there are norms, and one more.
+
+    Args:
+        network: see :func:`embed_in_parts`.
+        rows: images of a part.
+        kept_bytes: see :func:`embed_in_parts`.
+    """
+    embedded: Tensor = _Embedding.apply(images, network, rows, kept_bytes)  # type: ignore[no-untyped-call]
+    return embedded
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, network: Network, rows: int, kept_bytes: int) -> Tensor:
+        parts = [partial(torch.clone, part) for part in torch.split(images, rows)]
+        embeddings, known = _embed(network, parts, kept_bytes)
+        if _blocks_of(network, images) is not None:  # which leave out what cancels in the norm
+            layers, _ = _layers(network)
+            known = [
+                _with_bias(before[-1], s) for (before, _), s in zip(layers, known, strict=True)
+            ]
+        ctx.save_for_backward(images, *known)
+        ctx.network, ctx.rows, ctx.kept_bytes = network, rows, kept_bytes
+        kind = images.device.type
+        ctx.autocast = partial(
+            torch.autocast,
+            kind,
+            torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+        )
+        return torch.cat(embeddings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        images, *known = ctx.saved_tensors
+        with ctx.autocast():
+            found = _gradient(ctx.network, images, known, gradient, ctx.rows, ctx.kept_bytes)
+        return found, None, None, None
+
+
+def _gradient(
+    network: Network,
+    images: Tensor,
+    known: Sequence[Tensor],
+    gradient: Tensor,
+    rows: int,
+    kept_bytes: int,
+) -> Tensor:
+    """The gradient in the images, from that in their embeddings and the norms' statistics."""
+    layers, rest = _layers(network)
+    sources, gradients = torch.split(images, rows), torch.split(gradient, rows)
+    #: The gradient in the statistics of each norm, where it is known.
+    of_statistics: dict[int, Tensor] = {}
+
+    def along(x: Tensor, begin: int, variables: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The embeddings, and what the part adds to the statistics of each norm from ``begin``."""
+        shares = []
+        x = x.clone()  # layers that work in place are not to change what is kept
+        for (before, norm), statistics in zip(layers[begin:], variables[begin:], strict=True):
+            z = before(x)
+            wide, values = z.to(statistics.dtype), len(images) * z[0, 0].numel()
+            # The mean of the squares' distances does not change with the mean that they are from.
+            squares = (wide - statistics[0].detach()[:, None, None]).square()
+            shares.append(torch.stack([wide.sum((0, 2, 3)), squares.sum((0, 2, 3))]) / values)
+            x = _normalised(wide, norm, statistics).to(z.dtype)
+        return rest(x).flatten(1), shares
+
+    def gather(
+        variable: int, begin: int, inputs: Sequence[Tensor], into: Callable[[int, Tensor], object]
+    ) -> None:
+        """The gradient of each part in the statistics of that number, or, of -1, in the images."""
+        for part, (x, of_part) in enumerate(zip(inputs, gradients, strict=True)):
+            x = x.detach().requires_grad_(variable < 0)
+            variables = [s.detach().requires_grad_(i == variable) for i, s in enumerate(known)]
+            with torch.enable_grad():
+                embedded, shares = along(x, begin, variables)
+            later = [number for number in range(begin, len(layers)) if number > variable]
+            outputs = [embedded, *(shares[number - begin] for number in later)]
+            of_outputs = [of_part.to(embedded.dtype), *(of_statistics[n] for n in later)]
+            target = x if variable < 0 else variables[variable]
+            into(part, torch.autograd.grad(outputs, target, of_outputs)[0])
+
+    begin, inputs = _kept(layers, sources, known, kept_bytes)
+    for number in reversed(range(len(layers))):
+        if number < begin:
+            begin, inputs = 0, sources
+        total = torch.zeros_like(known[number])
+        gather(number, begin, inputs, partial(_add, total))
+        of_statistics[number] = total
+    of_images = torch.empty_like(images)
+    pieces = torch.split(of_images, rows)
+    gather(-1, 0, sources, lambda part, found: pieces[part].copy_(found))
+    return of_images
+
+
+def _add(total: Tensor, part: int, found: Tensor) -> None:
+    total.add_(found)
+
+
+def _kept(
+    layers: Sequence[_Layer],
+    sources: Sequence[Tensor],
+    known: Sequence[Tensor],
+    kept_bytes: int,
+) -> tuple[int, Sequence[Tensor]]:
+    """The first number of layers whose outputs are small enough to be kept, and these."""
+
+    def at(part: int, end: int) -> Tensor:
+        x = sources[part].clone()
+        for (before, norm), statistics in zip(layers[:end], known, strict=False):
+            x = _through(before, norm, x, statistics)
+        return x
+
+    for end in range(1, len(layers)):
+        first = at(0, end)
+        if first.nbytes * len(sources) <= kept_bytes:
+            counts = [len(source) for source in sources]
+            return end, _collected(partial(at, end=end), first, counts)
+    return 0, sources
+
+
+def _with_bias(layer: nn.Module, statistics: Tensor) -> Tensor:
+    """The statistics of what a convolution gives, from those without its bias."""
+    assert isinstance(layer, nn.Conv2d)
+    if layer.bias is None:
+        return statistics
+    return torch.stack([statistics[0] + layer.bias, statistics[1]])
+
+
+def _normalised(z: Tensor, norm: nn.BatchNorm2d, statistics: Tensor) -> Tensor:
+    mean, variance = statistics[:, :, None, None]
+    y: Tensor = (z - mean) * (variance + norm.eps).rsqrt()
+    if norm.affine:
+        y = y * norm.weight[:, None, None] + norm.bias[:, None, None]
+    return y
+
+
+def _embed(
+    network: Network, images: Sequence[Callable[[], Tensor]], kept_bytes: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The embeddings of each part, and the statistics of each norm."""
+    # What outlives a part lies in one piece, made before: between the large tensors of the parts it
+    # would keep the allocator from using their memory again.
     stages, tail = _stages(network, images[0]())
     known: list[Tensor] = []
+    counts: list[int] = []
     inputs: list[Callable[[], Tensor]] = list(images)  # of the stage with number `begin`
     begin, parts = 0, range(len(images))
 
@@ -75,28 +234,52 @@ def embed_in_parts(
         if stage > begin:
             first = at(0, stage)
             if first.nbytes * len(images) <= kept_bytes:
-                kept = [first, *(at(part, stage) for part in range(1, len(images)))]
+                kept = _collected(partial(at, stage=stage), first, counts)
                 # Layers that work in place are not to change what is kept.
                 inputs, begin = [partial(torch.clone, x) for x in kept], stage
-        known.append(_merged([stages[stage].statistics(at(part, stage)) for part in parts]))
-    return [tail(at(part, len(stages))) for part in parts]
+            del first
+        statistics: Tensor | None = None
+        for part in parts:
+            found, count = stages[stage].statistics(at(part, stage))
+            if statistics is None:
+                statistics = found.new_empty((len(images), *found.shape))
+            statistics[part] = found
+            if stage == 0:
+                counts.append(count)
+        assert statistics is not None
+        known.append(_merged(statistics, counts))
+    last = len(stages)
+    return _collected(lambda part: tail(at(part, last)), tail(at(0, last)), counts), known
 
 
-def _merged(parts: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """Statistics [2, K] of all from those of parts and their numbers of values."""
+def _collected(at: Callable[[int], Tensor], first: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """``first`` and what ``at`` gives of the other parts, of so many rows each, in one tensor."""
+    one_piece = first.new_empty((sum(counts), *first.shape[1:]))
+    if first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
+        one_piece = one_piece.to(memory_format=torch.channels_last)
+    pieces = list(torch.split(one_piece, list(counts)))
+    pieces[0].copy_(first)
+    for part in range(1, len(counts)):
+        pieces[part].copy_(at(part))
+    return pieces
+
+
+def _merged(statistics: Tensor, counts: Sequence[int]) -> Tensor:
+    """Statistics [2, K] of all from those of parts, [parts, 2, K], and their numbers of values."""
     # Shares are numbers: a tensor of them would be sent to the device, which a graph cannot.
-    total = sum(count for _, count in parts)
-    wide = [(statistics.double(), count / total) for statistics, count in parts]
-    mean = torch.stack([share * s[0] for s, share in wide]).sum(0)
-    of_each = [share * (s[1] + (s[0] - mean).square()) for s, share in wide]
-    return torch.stack([mean, torch.stack(of_each).sum(0)]).to(parts[0][0].dtype)
+    total = sum(counts)
+    shares = [count / total for count in counts]
+    wide = statistics.double()
+    mean = torch.stack([share * s[0] for s, share in zip(wide, shares, strict=True)]).sum(0)
+    of_each = [
+        share * (s[1] + (s[0] - mean).square()) for s, share in zip(wide, shares, strict=True)
+    ]
+    return torch.stack([mean, torch.stack(of_each).sum(0)]).to(statistics.dtype)
 
 
 def _stages(network: Network, x: Tensor) -> tuple[list[_Stage], Callable[[Tensor], Tensor]]:
     """The stages for images like ``x``, and what makes the last one's output an embedding."""
-    blocks = None
-    if isinstance(network, ConvNet):
-        blocks = network.batch_norm_blocks(x.device, x.dtype)
+    blocks = _blocks_of(network, x)
     if blocks is not None:
         bfloat16 = torch.is_autocast_enabled("cpu")
         precision = "bfloat16" if bfloat16 else None
@@ -108,15 +291,31 @@ def _stages(network: Network, x: Tensor) -> tuple[list[_Stage], Callable[[Tensor
             for block in blocks
         ]
         return stages, lambda out: out.flatten(1).to(x.dtype)
-    stages, before = [], nn.Sequential()
+    layers, rest = _layers(network)
+    stages = [
+        _Stage(partial(_statistics_of, before), partial(_through, before, norm))
+        for before, norm in layers
+    ]
+    return stages, lambda out: rest(out).flatten(1)
+
+
+def _blocks_of(network: Network, x: Tensor) -> list[FusedBlock] | None:
+    if not isinstance(network, ConvNet):
+        return None
+    return network.batch_norm_blocks(x.device, x.dtype)
+
+
+def _layers(network: Network) -> tuple[list[_Layer], nn.Module]:
+    """The batch norms of a network, each with the layers before it; and what follows the last."""
+    found: list[_Layer] = []
+    before = nn.Sequential()
     for layer in network.features:
         if isinstance(layer, nn.BatchNorm2d):
-            stages.append(_Stage(partial(_statistics_of, before), partial(_through, before, layer)))
+            found.append((before, layer))
             before = nn.Sequential()
         else:
             before.append(layer)
-    rest = before
-    return stages, lambda out: rest(out).flatten(1)
+    return found, before
 
 
 def _statistics_of_block(block: FusedBlock, precision: str | None, x: Tensor) -> tuple[Tensor, int]:
@@ -135,7 +334,8 @@ def _through_block(
 
 def _statistics_of(before: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     z = before(x)
-    variance, mean = torch.var_mean(z.float(), (0, 2, 3), correction=0)
+    wide = z if z.dtype == torch.float64 else z.float()
+    variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     return torch.stack([mean, variance]), x.shape[0]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._in_parts import can_be_in_parts, embed_in_parts
+from ._in_parts import can_be_in_parts, embed_in_parts, embed_with_gradient
 from ._own import OwnNetwork
 from ._ranges import stage
 from .data import ImageData
@@ -37,6 +37,9 @@ _PASSES_PER_CHUNK = 16
 # value of 128 channels for each of their pixels takes more than this, some go at a time, and what
 # is kept between two layers takes no more.
 _BATCH_NORM_BYTES = 4 * 2**30
+# As much of the synthetic images is forwarded at once, with its gradient, which takes a little more
+# memory than that. More goes in parts, for a few times the work.
+_BATCH_NORM_GRADIENT_BYTES = 8 * 2**30
 
 
 #: What synthetic images can start from.
@@ -203,13 +206,23 @@ def matching_gradient(
             embeddings, offsets = _embed_real(network, real, index, transforms, chunk, precision)
         images = synthetic[chunk.synthetic].detach().requires_grad_()
         with stage("synthetic forward"), autocast(images.device, precision):
-            embedded = network.embed(ops.siamese_augment(images, transforms))
+            embedded = _embed_synthetic(network, ops.siamese_augment(images, transforms))
         with stage("discrepancy"):
             term = ops.class_mean_discrepancy(embeddings, embedded, len(transforms), offsets)
         with stage("backward"):
             (gradient[chunk.synthetic],) = torch.autograd.grad(term, images)
         loss += term.detach()
     return loss, gradient
+
+
+def _embed_synthetic(network: Network, images: Tensor) -> Tensor:
+    """The embeddings [N, D] of augmented images, with a gradient in these."""
+    pixels = images.shape[2] * images.shape[3]
+    of_layer = len(images) * pixels * 128 * 4
+    if of_layer <= _BATCH_NORM_GRADIENT_BYTES or not can_be_in_parts(network):
+        return network.embed(images)
+    rows = max(1, _PIXELS_PER_PASS[images.device.type] // pixels)
+    return embed_with_gradient(network, images, rows=rows, kept_bytes=_BATCH_NORM_BYTES)
 
 
 def descend_(

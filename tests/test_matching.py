@@ -178,6 +178,59 @@ def test_batch_norm_in_parts_is_that_of_all(
     assert asked == [5]  # of 21 images
 
 
+@pytest.mark.parametrize("kept", [0, 60_000, 2**30])
+@pytest.mark.parametrize(
+    "model",
+    ["ConvNetD3W16BN", "ConvNetD2W8ALBNMP", "ConvNetD3W16ASwishBNNP", "AlexNetBN", "VGG11BN"],
+)
+def test_the_gradient_in_parts_is_that_of_all(model: str, kept: int) -> None:
+    """In float64, of few images: the statistics' part of the gradient is large."""
+    size = (32, 32) if model in ("AlexNetBN", "VGG11BN") else (12, 8)
+    network = get_network(model, 3, 4, size, seed=0).double()
+    for norm in (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.uniform_(norm.bias, -0.5, 0.5)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(7, 3, *size, dtype=torch.float64, generator=generator).requires_grad_()
+    expected = network.embed(images)
+    into = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    (of_all,) = torch.autograd.grad(expected, images, into)
+    embedded = _in_parts.embed_with_gradient(network, images, rows=3, kept_bytes=kept)
+    (in_parts,) = torch.autograd.grad(embedded, images, into)
+    torch.testing.assert_close(embedded, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(in_parts, of_all, rtol=1e-8, atol=1e-10 * of_all.abs().max().item())
+    # Constants in the statistics' place would not do.
+    network.eval()
+    (other,) = torch.autograd.grad(network.embed(images), images, into)
+    assert (other - of_all).norm() > 0.1 * of_all.norm()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["ConvNetD2W16BN", "ConvNetD2W8BN"])
+def test_many_synthetic_images_go_in_parts(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch, model: str, precision: str
+) -> None:
+    loss, gradient = matcher(data, model, precision=precision).gradient(2)
+    monkeypatch.setattr(matching, "_BATCH_NORM_GRADIENT_BYTES", 0)
+    monkeypatch.setitem(matching._PIXELS_PER_PASS, "cpu", 2 * 12 * 8)
+    asked: list[int] = []
+    original = _in_parts._gradient
+
+    def counted(network, images, known, gradient, rows, kept_bytes):
+        asked.append(len(images.split(rows)))
+        return original(network, images, known, gradient, rows, kept_bytes)
+
+    monkeypatch.setattr(_in_parts, "_gradient", counted)
+    in_parts = matcher(data, model, precision=precision).gradient(2)
+    assert asked == [3]  # of six images
+    if precision == "float32":
+        assert_same_up_to_rounding(in_parts, (loss, gradient))
+    else:
+        assert in_parts[0].item() == pytest.approx(loss.item(), rel=0.05)
+        cosine = torch.nn.functional.cosine_similarity(in_parts[1].ravel(), gradient.ravel(), 0)
+        assert cosine > 0.98
+
+
 def test_networks_that_are_no_row_of_layers_see_all_at_once(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
