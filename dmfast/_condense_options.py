@@ -247,7 +247,7 @@ def flag(option: str) -> str:
 
 #: Flags of the published script that have no counterpart, and what to do instead.
 _REPLACED = {
-    "--eval_mode": "python -m dmfast.evaluate SET --model NAME tests on any network",
+    "--eval_mode": "python -m dmfast.evaluate SET --eval-mode MODE, or --model NAME",
     "--num_exp": "run the command once for each --seed",
     "--num_eval": "python -m dmfast.evaluate SET --networks N",
     "--epoch_eval_train": "python -m dmfast.evaluate SET --epochs E",

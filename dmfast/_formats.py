@@ -412,6 +412,11 @@ _WRITERS: dict[str, Callable[[SyntheticSet, Path], str]] = {
 FORMATS = tuple(_WRITERS)
 
 
+def is_folder_of_pictures(path: Path) -> bool:
+    """Whether :func:`read` takes the folders in it for classes."""
+    return path.is_dir() and _file_in(path) is None and bool(_images.class_folders(path))
+
+
 def _file_in(folder: Path) -> Path | None:
     """The file to read in a folder of a run or of MTT's."""
     names = ("synthetic.safetensors", "images_best.pt", "images.pt")

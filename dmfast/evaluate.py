@@ -18,7 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from typing import Any
 import torch
 
 from . import cli
+from ._formats import is_folder_of_pictures
 from ._own import model_file
+from ._own import short_name as short_model_name
 from ._sources import BASELINES, Source, digest, note, source_of
 from ._version import __version__
 from .augment import WORDS, parse_strategy
@@ -36,12 +38,12 @@ from .evaluator import EvaluationResult, Evaluator, evaluate_set
 from .files import write_bytes
 from .graphs import GRAPHS
 from .memory import keep_freed_pages
-from .networks import MODELS
-from .presets import preset
+from .networks import MODELS, get_network
+from .presets import EVALUATION_MODES, evaluation_networks, preset
 from .runs import interrupts_deferred, locked
 from .training import PROTOCOLS
 
-__all__ = ["BASELINES", "EvaluateConfig", "EvaluationResult", "evaluate_set", "run"]
+__all__ = ["BASELINES", "EvaluateConfig", "EvaluationResult", "evaluate_set", "run", "run_mode"]
 
 
 @dataclass(frozen=True)
@@ -141,17 +143,64 @@ def run(config: EvaluateConfig, *, command: str | None = None) -> EvaluationResu
         return _run(config, source, folder, command)
 
 
+def run_mode(
+    config: EvaluateConfig, mode: str, *, command: str | None = None
+) -> dict[str, EvaluationResult]:
+    """Does what ``python -m dmfast.evaluate SET --eval-mode MODE`` does: several networks in turn.
+
+    Each is evaluated as :func:`run` does, in a folder of its name in ``out``, by default that of
+    the set (of a folder of pictures, one beside it); those that are there are not repeated.
+
+    Args:
+        mode: one of :data:`dmfast.presets.EVALUATION_MODES`.
+        command: the command line to name in the files, if there was one.
+
+    Returns:
+        The results by the networks' names, without those that are not for images of such a size.
+
+    Raises:
+        InputError: as :func:`run`; or a model is named, or none of the networks is for the images.
+    """
+    if config.model is not None:
+        raise InputError("--eval-mode and --model exclude each other: leave one out")
+    source = source_of(config)
+    data, results = source.data, dict[str, EvaluationResult]()
+    folder = source.folder if config.out is None else Path(config.out)
+    if config.out is None and config.set is not None and is_folder_of_pictures(folder):
+        folder = folder.with_name(f"{folder.name}-evaluation")  # folders in it are classes
+    why = ""
+    for model in evaluation_networks(mode, _model_of(source)):
+        try:
+            get_network(model, data.channels, data.classes, data.size, seed=0)
+        except InputError as error:
+            why = str(error)
+            note(f"{model} is left out: {why}")
+            continue
+        print(f"{model}:", flush=True)
+        out = folder / short_model_name(model)
+        with locked(out):
+            results[model] = _run(replace(config, model=model), source, out, command)
+    if not results:
+        raise InputError(f"--eval-mode {mode} has no network for this set: {why}")
+    longest = max(map(len, results))
+    for model, result in results.items():
+        print(f"{model:{longest}} {result.accuracy_mean:6.2f} % +- {result.accuracy_std:.2f}")
+    return results
+
+
+def _model_of(source: Source) -> str:
+    """The network that a set was condensed on, or is usual."""
+    named = source.config.get("model")
+    return named if isinstance(named, str) else preset(source.data.name, int(source.ipc)).model
+
+
 def _run(
     config: EvaluateConfig, source: Source, folder: Path, command: str | None
 ) -> EvaluationResult:
-    presets = preset(source.data.name, int(source.ipc))
-    model, strategy = (
-        next(value for value in values if isinstance(value, str))
-        for values in (
-            (config.model, source.config.get("model"), presets.model),
-            (config.dsa_strategy, source.config.get("dsa_strategy"), presets.dsa_strategy),
-        )
-    )
+    model = _model_of(source) if config.model is None else config.model
+    usual = preset(source.data.name, int(source.ipc)).dsa_strategy
+    strategies = (config.dsa_strategy, source.config.get("dsa_strategy"), usual)
+    strategy = next(value for value in strategies if isinstance(value, str))
     augmentation = "_".join(parse_strategy(strategy))
     protocol = PROTOCOLS[config.protocol]
     usual_epochs = protocol.epochs if augmentation else protocol.plain_epochs
@@ -421,6 +470,12 @@ def _parser() -> cli.Parser:
         "--model", metavar="NAME", help=f"{MODELS} (default: as SET says, else the preset)"
     )
     parser.add_argument(
+        "--eval-mode",
+        choices=EVALUATION_MODES,
+        help="in place of --model, each network of a published mode, in a folder of its name; "
+        + "; ".join(f"{mode}: {what}" for mode, what in EVALUATION_MODES.items()),
+    )
+    parser.add_argument(
         "--networks", metavar="N", type=int, help="how many to train (default: the protocol, 20)"
     )
     parser.add_argument(
@@ -484,6 +539,12 @@ def _parser() -> cli.Parser:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    config = EvaluateConfig(**vars(_parser().parse_args(arguments)))
+    options = vars(_parser().parse_args(arguments))
+    mode = options.pop("eval_mode")
+    config = EvaluateConfig(**options)
+    command = shlex.join(["python", "-m", "dmfast.evaluate", *arguments])
     keep_freed_pages()
-    run(config, command=shlex.join(["python", "-m", "dmfast.evaluate", *arguments]))
+    if mode is None:
+        run(config, command=command)
+    else:
+        run_mode(config, mode, command=command)

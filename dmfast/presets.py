@@ -13,10 +13,19 @@ _DIGIT_SETS = frozenset({"digits", "mnist", "svhn"})
 # In the paper's Table 3 what is condensed on these is worse than what is condensed on a ConvNet,
 # whichever of the four is tested.
 _POOR = re.compile(r"(?:AlexNet|VGG11|(ResNet18))(BN)?(?:_AP)?")
-# Chosen from what users of the published code report, 0.1 or 0.01; the accuracy is not measured
-# here. In 25 iterations on CIFAR-10, of 1 image a class and 8 real ones, the loss of ResNet18BN_AP
-# rose by 0.1 and fell by 0.01; that of ResNet18BN fell by 0.1 in 12.
-_RESNET_RATE, _RESNET_AP_RATE = 0.1, 0.01
+#: Rates of networks other than ConvNets, the best power of ten of those that benchmarks/rates.py
+#: measured, on CIFAR-10. Where larger ones do not move the loss steadily (VGG11 and ResNet18), the
+#: largest that does.
+_RATES = {
+    "AlexNet": 10.0,
+    "AlexNetBN": 0.1,
+    "VGG11": 0.1,
+    "VGG11BN": 0.1,
+    "ResNet18": 0.1,
+    "ResNet18BN": 0.1,
+    "ResNet18_AP": 0.1,
+    "ResNet18BN_AP": 0.01,
+}
 
 #: What can be matched, by the names that ``--method`` takes.
 METHODS = {
@@ -30,6 +39,35 @@ PRESETS = {
     "paper": "the paper's settings where it has them",
     "fast": "a quarter of the real images and 500 iterations, from 10 images a class on with a "
     "larger --lr-img (of ConvNets)",
+}
+
+#: Networks that each published evaluation mode trains beside one another.
+_EVALUATION_NETWORKS = {
+    "M": ("MLP", "ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18"),
+    "B": ("ConvNetBN", "ConvNetASwishBN", "AlexNetBN", "VGG11BN", "ResNet18BN"),
+    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
+    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
+    "A": ("ConvNetAS", "ConvNetAR", "ConvNetAL", "ConvNetASwish"),
+    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
+    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
+}
+#: The published evaluation modes, and what each is.
+EVALUATION_MODES = {
+    "SS": "the network that the set was condensed on",
+    "S": "that with instance norm in place of batch norm",
+    "C": "that and ConvNet",
+    **{
+        mode: f"{what}: {', '.join(_EVALUATION_NETWORKS[mode])}"
+        for mode, what in (
+            ("M", "architectures"),
+            ("B", "architectures with batch norm"),
+            ("W", "widths"),
+            ("D", "depths"),
+            ("A", "activations"),
+            ("P", "poolings"),
+            ("N", "norms"),
+        )
+    },
 }
 
 
@@ -73,10 +111,8 @@ def preset(
     # 64x64 images take a fourth block to reach the same 4x4 features as 32x32 ones.
     model = model or ("ConvNetD4" if dataset == "tiny-imagenet" else "ConvNet")
     on_convnet = re.fullmatch(r"ConvNet\w*", model) is not None
-    lr_img = 1.0
-    if re.fullmatch(r"ResNet\w+", model):
-        lr_img = _RESNET_AP_RATE if model.endswith("_AP") else _RESNET_RATE
-    elif on_convnet and (dataset == "digits" or (dataset == "cifar10" and ipc >= 100)):
+    lr_img = _RATES.get(model, 1.0)
+    if on_convnet and (dataset == "digits" or (dataset == "cifar10" and ipc >= 100)):
         # From 100 images a class on, the published CIFAR-10 runs use the larger rate. The digits,
         # which the paper does not have, give 128 features in place of 2,048, and gradients as much
         # smaller. (On an MLP they diverge by it.)
@@ -119,3 +155,23 @@ def caution(dataset: str, model: str, method: str = "dm") -> str | None:
         f"they train, too (the paper's Table 3, with batch norm{reports}): condense on {usual}, "
         f"and evaluate the set with --model {model}"
     )
+
+
+def evaluation_networks(mode: str, model: str) -> list[str]:
+    """The networks that a published evaluation mode trains on a set.
+
+    Args:
+        mode: one of :data:`EVALUATION_MODES`.
+        model: the network that the set was condensed on.
+
+    Raises:
+        InputError: there is no such mode.
+    """
+    choose("--eval-mode", mode, EVALUATION_MODES)
+    if mode == "S" and re.fullmatch(r"\w+", model):  # another is a file's
+        return [model.replace("BN", "", 1)]
+    if mode in ("S", "SS"):
+        return [model]
+    if mode == "C":
+        return list(dict.fromkeys((model, "ConvNet")))
+    return list(_EVALUATION_NETWORKS[mode])

@@ -475,7 +475,7 @@ def errors_of(capsys) -> str:
         ("--num_exp 5", "--num_exp has no counterpart.*--seed"),
         ("--num_eval 20", "--num_eval.*--networks"),
         ("--epoch_eval_train 1000", "--epoch_eval_train.*--epochs"),
-        ("--eval_mode SS", "--eval_mode.*--model"),
+        ("--eval_mode SS", "--eval_mode.*--eval-mode"),
     ],
 )
 def test_what_cannot_be_used_is_named_in_one_line(out: Path, capsys, arguments, words) -> None:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from dmfast import InputError, data, evaluate, evaluator, ops, training
+from dmfast import InputError, data, evaluate, evaluator, ops, presets, training
 from dmfast.evaluate import EvaluateConfig, EvaluationResult, evaluate_set
 from dmfast.networks import get_network, initialise_
 from dmfast.ops import Stream
@@ -299,6 +299,73 @@ def test_model_and_strategy_are_those_that_the_set_was_made_with(
     evaluate.run(EvaluateConfig(set=str(saved), networks=1, epochs=1, **given))
     content = written(tmp_path / "given")
     assert (content["model"], content["augmentation"]) == ("ConvNetD1W4", "color")
+
+
+@pytest.mark.parametrize(
+    ("mode", "model", "names"),
+    [
+        ("SS", "ConvNetD4BN", ["ConvNetD4BN"]),
+        ("S", "ConvNetD4BN", ["ConvNetD4"]),
+        ("S", "ResNet18BN_AP", ["ResNet18_AP"]),
+        ("S", "aBNb/nets.py:tiny", ["aBNb/nets.py:tiny"]),
+        ("S", "ConvNet", ["ConvNet"]),
+        ("C", "ConvNet", ["ConvNet"]),
+        ("C", "VGG11", ["VGG11", "ConvNet"]),
+        ("P", "VGG11", ["ConvNetNP", "ConvNetMP", "ConvNetAP"]),
+    ],
+)
+def test_networks_of_a_published_mode(mode: str, model: str, names: list[str]) -> None:
+    assert presets.evaluation_networks(mode, model) == names
+
+
+def test_every_mode_names_networks_that_there_are() -> None:
+    for mode in presets.EVALUATION_MODES:
+        for name in presets.evaluation_networks(mode, "ConvNetBN"):
+            get_network(name, 3, 10, (32, 32), seed=0)
+
+
+def test_a_mode_evaluates_each_of_its_networks(
+    small: SyntheticSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = replace(small, config=small.config | {"model": f"{MODEL}BN"})
+    named.save(tmp_path / "synthetic.safetensors")
+    options = ["--networks", "1", "--epochs", "2"]
+    evaluate._main([str(tmp_path), "--eval-mode", "S", *options])
+    assert written(tmp_path / MODEL)["model"] == MODEL
+    results = evaluate.run_mode(
+        EvaluateConfig(set=str(tmp_path), networks=1, epochs=2, out=str(tmp_path / "M")), "M"
+    )
+    out, error = capsys.readouterr()
+    # AlexNet and the others halve images of 8x8 pixels too often.
+    assert "MLP" in results
+    assert "VGG11" not in results
+    assert "VGG11 is left out: " in error
+    for name, result in results.items():
+        content = written(tmp_path / "M" / name)
+        assert content["model"] == name
+        assert content["accuracies"] == list(result.accuracies)
+        assert f"{result.accuracy_mean:.2f} % +- 0.00" in out
+    with pytest.raises(InputError, match="--eval-mode and --model exclude each other"):
+        evaluate.run_mode(quick(set=str(tmp_path)), "S")
+    with pytest.raises(InputError, match="--eval-mode: unknown value 'X'"):
+        evaluate.run_mode(EvaluateConfig(set=str(tmp_path)), "X")
+
+
+def test_the_folders_of_a_mode_are_none_of_the_sets(small: SyntheticSet, tmp_path: Path) -> None:
+    """Neither taken for classes of a folder of pictures, nor where one's own network is."""
+    small.export(tmp_path / "pictures", "png")
+    (tmp_path / "pictures/dmfast.json").unlink()
+    config = EvaluateConfig(set=str(tmp_path / "pictures"), dataset="digits", networks=1, epochs=1)
+    for _ in range(2):
+        assert list(evaluate.run_mode(config, "P")) == ["ConvNetNP", "ConvNetMP", "ConvNetAP"]
+    assert written(tmp_path / "pictures-evaluation/ConvNetMP")["model"] == "ConvNetMP"
+    own = f"{Path(__file__).parent}/own_networks.py:plain"
+    (tmp_path / "own").mkdir()
+    named = replace(small, config=small.config | {"model": own})
+    named.save(tmp_path / "own/synthetic.safetensors")
+    config = EvaluateConfig(set=str(tmp_path / "own"), networks=1, epochs=1)
+    assert list(evaluate.run_mode(config, "S")) == [own]
+    assert written(tmp_path / "own/own_networks-plain")["model"] == own
 
 
 def test_a_folder_in_use_is_left_alone(saved: Path) -> None:

@@ -29,6 +29,7 @@ from dmfast.ops import Stream
 from dmfast.presets import caution, preset
 from dmfast.training import Protocol, train
 
+RATES = Path(__file__).parents[1] / "benchmarks/results/rates-cpu.json"
 #: What the published state dicts hold for images of 3x32x32 in 10 classes, in their order: the
 #: shape of a weight, with a bias of as many elements as it has rows; the channels of a norm; or,
 #: after a dash, a weight without a bias.
@@ -422,17 +423,24 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
 
 
 def test_rates_of_networks() -> None:
-    for name, rate in (("ResNet18", 0.1), ("ResNet18BN", 0.1), ("ResNet18BN_AP", 0.01)):
+    for name, rate in (("AlexNet", 10.0), ("VGG11BN", 0.1), ("ResNet18BN_AP", 0.01)):
         for other in ({}, {"name": "fast"}, {"ipc": 100}, {"dataset": "digits"}):
             found = preset(**{"dataset": "cifar10", "ipc": 10, "model": name} | other)
             assert (found.model, found.lr_img) == (name, rate)
     # The rates that the paper or a measurement raises are a ConvNet's.
     for raised in (("digits", 1), ("cifar10", 100), ("cifar10", 10, "fast")):
         assert preset(*raised, model="ConvNetBN").lr_img == preset(*raised).lr_img > 1
-        for name in ("MLP", "VGG11BN", "ConvNets/ResNet18.py:net"):
+        for name in ("MLP", "LeNet", "ConvNets/ResNet18.py:net"):
             assert preset(*raised, model=name).lr_img == 1
     assert preset("cifar10", 10, method="dsa", model="ResNet18_AP").lr_img == 0.1
     assert preset("cifar10", 10).model == "ConvNet"
+
+
+def test_the_rates_lower_the_loss_about_as_far_as_any_that_was_measured() -> None:
+    for row in json.loads(RATES.read_text())["rows"]:
+        rate = preset("cifar10", row["ipc"], model=row["network"]).lr_img
+        shares = row["shares"]
+        assert shares[f"{rate:g}"] < min(1, min(shares.values()) + 0.07), row["network"]
 
 
 def test_caution_where_a_convnet_is_better(
