@@ -19,9 +19,9 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def with_content(readme: str, name: str, content: str) -> str:
-    """The README with ``content`` between the marks of ``benchmarks/NAME.py``."""
-    begin = f"<!-- {name}: benchmarks/{name}.py readme -->\n"
+def with_content(readme: str, name: str, content: str, script: str | None = None) -> str:
+    """The README with ``content`` between the marks of ``benchmarks/SCRIPT.py``, else NAME."""
+    begin = f"<!-- {name}: benchmarks/{script or name}.py readme -->\n"
     end = f"<!-- end of {name} -->\n"
     before, found, rest = readme.partition(begin)
     _, ended, after = rest.partition(end)

@@ -23,7 +23,8 @@ from typing import Any
 
 from . import charts, condense, evaluate, paper
 from ._budget import parse_duration
-from ._jobs import command_of, evaluations_by_iterations
+from ._jobs import evaluations_by_iterations
+from ._making import command_of
 from .condense import CondenseConfig
 from .data import canonical_name
 from .data import load as load_data

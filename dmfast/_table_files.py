@@ -6,15 +6,19 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import paper
 from ._budget import Size
-from ._jobs import CellJobs, count, span, trainer_of
-from ._tables import ALL, SELECTED, TABLES, Cell
+from ._cells import ALL, Cell
+from ._jobs import CellJobs
+from ._making import count, span, trainer_of
+from ._sources import short_name
+from ._tables import SELECTED, TABLES
 from .devices import versions
 from .errors import InputError
 from .files import write_bytes
@@ -49,6 +53,7 @@ class TableFiles:
             InputError: the folder holds a table that is neither to be continued nor replaced.
         """
         config = self._config
+        self._check_folders(jobs)
         if there := self._read():
             if not (config.resume or config.overwrite):
                 raise InputError(
@@ -59,9 +64,21 @@ class TableFiles:
                 self._clear(there)
             else:
                 self._rows = {row["cell"]: row for row in there}
+                self._check_folders(jobs)
         for each in jobs:
             self._rows[each.cell.name] = each.row()
         self.write()
+
+    def _check_folders(self, jobs: Sequence[CellJobs]) -> None:
+        folders: dict[str, str] = {}
+        there = [str(row["dataset"]) for row in self._rows.values()]
+        for dataset in (*there, *(each.cell.dataset for each in jobs)):
+            folder = short_name(dataset)
+            if (other := folders.setdefault(folder, dataset)) != dataset:
+                raise InputError(
+                    f"{other} and {dataset} would share the folder {self._out / folder}: give each "
+                    "an --out of its own"
+                )
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.json.exists():
@@ -81,7 +98,10 @@ class TableFiles:
             ) from error
 
     def _clear(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Removes the cells of the table that is there, with all that they were made from."""
+        """Removes the cells of the table that is there, with all that they were made from.
+
+        But for a pool of networks, which is replaced only where another is wanted.
+        """
         table = TABLES[self._config.table]
         for row in rows:
             cell = cell_of(row)
@@ -91,6 +111,9 @@ class TableFiles:
                 folders.append(trainer.folder())
             for folder in folders:
                 shutil.rmtree(self._out / folder, ignore_errors=True)
+                for above in folder.parents[:-1]:
+                    with suppress(OSError):  # other things are in it
+                        (self._out / above).rmdir()
         self.markdown.unlink(missing_ok=True)
         self.json.unlink()  # last: what tells that the others are a table's
 
@@ -127,24 +150,60 @@ def cell_of(row: dict[str, Any]) -> Cell:
 
 
 _HEADER = (
-    *("set", "images a class", "method", "paper", "ours", "between sets", "sets x networks"),
-    *("iterations", "epochs", "augmentation", "products", "making a set", "a network"),
-    "shortened to",
+    *("cell", "paper", "ours", "between sets", "sets x networks", "iterations", "epochs"),
+    *("augmentation", "products", "making a set", "a network", "shortened to"),
 )
 
 
 def markdown(content: dict[str, Any]) -> str:
     """The table for people, from what its JSON file holds."""
-    rows = [_line(row) for row in content["cells"]]
-    lines = [_HEADER, ["---"] * len(_HEADER), *rows]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"# {content['title']}\n\n{table}\n" + "".join(f"{p}\n" for p in _notes(content))
+    details = _lines(_HEADER, (_line(row) for row in content["cells"]))
+    return (
+        f"# {content['title']}\n\n{grid(content)}\n## How each came about\n\n{details}\n"
+        + "".join(f"{line}\n" for line in _notes(content))
+    )
+
+
+def grid(content: dict[str, Any], titles: Mapping[str, str] | None = None) -> str:
+    """The figures as the paper has them: ours, and the paper's in brackets, in Markdown.
+
+    Args:
+        titles: what data sets are called.
+    """
+    table = TABLES[content["table"]]
+    names = {row["method"] for row in content["cells"]}
+    columns = dict.fromkeys(m.heading for name, m in table.methods.items() if name in names)
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in content["cells"]:
+        method = table.methods[row["method"]]
+        dataset = (titles or {}).get(row["dataset"], Path(row["dataset"]).name)
+        start = [dataset, str(row["images_per_class"]), *([method.row] if table.corner else [])]
+        text = _ours(row) if row["sets"] else "not run"
+        if row["paper"] is not None:
+            text += f" ({Reported(**row['paper'])})"
+        lines.setdefault(tuple(start), {})[method.heading] = text
+    header = ["set", "images a class", *([table.corner] if table.corner else []), *columns]
+    return _lines(
+        header,
+        ([*start, *(found.get(at, "not run") for at in columns)] for start, found in lines.items()),
+    )
+
+
+def _lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    escaped = ([" ".join(text.replace("|", "\\|").split()) for text in line] for line in rows)
+    lines = (header, ["---"] * len(header), *escaped)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _ours(row: dict[str, Any]) -> str:
+    return f"**{row['accuracy_mean']:.1f} ± {row['accuracy_std']:.1f}**"
 
 
 def _line(row: dict[str, Any]) -> list[str]:
     figure, sets = row["paper"], row["sets"]
     start = [
-        *(Path(row["dataset"]).name, str(row["images_per_class"]), row["method"]),
+        "/".join((Path(row["dataset"]).name, str(row["images_per_class"]), row["method"])),
         "" if figure is None else str(Reported(**figure)),
     ]
     if not sets:
@@ -155,7 +214,7 @@ def _line(row: dict[str, Any]) -> list[str]:
     iterations = [found["iterations"] for found in sets if found["iterations"] is not None]
     return [
         *start,
-        f"**{row['accuracy_mean']:.1f} ± {row['accuracy_std']:.1f}**",
+        _ours(row),
         "" if between is None else f"± {between:.1f}",
         f"{len(sets)} x {span(networks)}",
         span(iterations) if iterations else "",
@@ -190,6 +249,8 @@ def _notes(content: dict[str, Any]) -> Iterator[str]:
             "augmentation, whose training is in the time of the first of them (forgetting, 1 image "
             "a class)."
         )
+    for dataset, pools in _pools(rows).items():
+        yield f"Bands of {Path(dataset).name} draw from {' and '.join(pools)}."
     yield ""
     yield from (f"- `{method}`: {words}" for method, words in methods.items())
     yield ""
@@ -205,9 +266,28 @@ def _notes(content: dict[str, Any]) -> Iterator[str]:
         yield "```sh"
         for row in rows:
             if row["sets"]:
-                yield f"# {row['cell']}"
+                yield f"# {' '.join(row['cell'].split())}"
                 yield from row["commands"]
         yield "```"
+
+
+def _pools(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Of each set, what its pools are and how many of their states are in the bands."""
+    pools: dict[str, dict[tuple[int, int], list[str]]] = {}
+    for row in rows:
+        if "pool" in row and row["pool"]["networks"]:
+            found = row["pool"]
+            key = (found["networks"], found["epochs"])
+            bands = pools.setdefault(row["dataset"], {}).setdefault(key, [])
+            bands.append(f"{row['method']}: {found['states']}")
+    return {
+        dataset: [
+            f"{count(networks, 'network')} trained for epochs 0 to {epochs}; states in them: "
+            + ", ".join(dict.fromkeys(bands))
+            for (networks, epochs), bands in of_set.items()
+        ]
+        for dataset, of_set in pools.items()
+    }
 
 
 def _machine_words(found: dict[str, Any]) -> str:

@@ -80,6 +80,8 @@ def read(folder: Path) -> tuple[dict[str, Any], list[State]]:
         InputError: it is not there, or is something else.
     """
     path = folder / DESCRIPTION
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: name the folder of a pool's {DESCRIPTION}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -98,6 +100,11 @@ def read(folder: Path) -> tuple[dict[str, Any], list[State]]:
     except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} is no pool of this program ({error}); name another") from error
     return {key: value for key, value in content.items() if key != "states"}, states
+
+
+def count_networks(states: Sequence[State]) -> int:
+    """How many networks were trained, which are numbered from 0."""
+    return 1 + max((state.network for state in states), default=-1)
 
 
 def write(folder: Path, facts: dict[str, Any], states: Sequence[State]) -> None:

@@ -51,7 +51,7 @@ from .ops import Stream
 from .pool import State
 from .presets import preset
 from .runs import locked
-from .training import train
+from .training import Protocol, train
 
 _WIDTH = 10.0  # of a band, in %
 _FIRST_NETWORK = 2**25  # its number: one that no evaluated network and no coreset's has
@@ -115,6 +115,32 @@ def run(config: PretrainConfig, *, command: str | None = None) -> list[State]:
     Raises:
         InputError: an option or the data cannot be used, or the folder holds something else.
     """
+    data, facts = _described(config)
+    device = resolve_device(config.device)
+    trainer = _Trainer(data, facts, device)
+    folder = Path(config.out or f"runs/{short_name(data.name)}-pool-seed{config.seed}")
+    with locked(folder):
+        states = _begin(folder, facts, config.overwrite)
+        done = pool.count_networks(states)
+        if done >= config.networks:
+            note(f"these {done} networks are there already; nothing was trained")
+        facts |= {"machine": machine(device), "command": command}
+        for number in range(done, config.networks):
+            states = _train_one(trainer, folder, facts, states, number, config.networks)
+    print(_summary(states, folder))
+    return states
+
+
+def describe(config: PretrainConfig) -> dict[str, Any]:
+    """What a pool of these options says of itself: all that its networks follow from.
+
+    Raises:
+        InputError: an option or the data cannot be used.
+    """
+    return _described(config)[1]
+
+
+def _described(config: PretrainConfig) -> tuple[ImageData, dict[str, Any]]:
     data = load_data(config.dataset, config.data_root, cache=config.cache, download=config.download)
     images = len(data.train_labels)
     if config.validation >= images:
@@ -140,41 +166,39 @@ def run(config: PretrainConfig, *, command: str | None = None) -> list[State]:
         "precision": resolve_precision(config.precision, device, model),
         "versions": {"dmfast": __version__, "torch": torch.__version__},
     }
-    trainer = _Trainer(data, facts, device)
-    folder = Path(config.out or f"runs/{short_name(data.name)}-pool-seed{config.seed}")
-    with locked(folder):
-        states = _begin(folder, facts, config.overwrite)
-        done = 1 + max((state.network for state in states), default=-1)
-        if done >= config.networks:
-            note(f"these {done} networks are there already; nothing was trained")
-        facts |= {"machine": machine(device), "command": command}
-        for number in range(done, config.networks):
-            states = _train_one(trainer, folder, facts, states, number, config.networks)
-    print(_summary(states, folder))
-    return states
+    return data, facts
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """In what a pool is not that of :func:`describe`, in words."""
+    return [
+        f"{key} is {there.get(key)!r}, not {value!r}"
+        for key, value in json.loads(json.dumps(wanted)).items()
+        if there.get(key) != value
+    ]
 
 
 def _begin(folder: Path, facts: dict[str, Any], overwrite: bool) -> list[State]:
     """The states that the folder has of the same pool, which is begun where there is none."""
     if not (folder / pool.DESCRIPTION).exists():
-        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if others:
-            raise InputError(f"{folder} holds {others[0]}, and no pool; choose another --out")
+        foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if foreign:
+            raise InputError(f"{folder} holds {foreign[0]}, and no pool; choose another --out")
         pool.write(folder, facts, [])  # by which the folder is known, whatever ends the first
         return []
-    there, states = pool.read(folder)
-    wanted = json.loads(json.dumps(facts))
-    differences = [
-        f"{key} is {there.get(key)!r}, not {value!r}"
-        for key, value in wanted.items()
-        if there.get(key) != value
-    ]
-    if not differences:
+    try:
+        there, states = pool.read(folder)
+    except InputError:
+        if not overwrite:
+            raise
+        there, states = {}, []
+    others = differences(there, facts)
+    if not others:
         _remove(folder, known=states)
         return states
     if not overwrite:
         raise InputError(
-            f"{folder} holds another pool ({'; '.join(differences)}): --overwrite replaces it; or "
+            f"{folder} holds another pool ({'; '.join(others)}): --overwrite replaces it; or "
             "choose another --out"
         )
     _remove(folder, known=[])
@@ -231,6 +255,20 @@ def _train_one(
     return states
 
 
+def _next_test(step: int) -> int:
+    """The step before which a network is tested next: bands are passed fast at first."""
+    return step + 1 + step // 10
+
+
+def count_tests(images: int, epochs: int) -> int:
+    """How often a network is tested that is trained on so many for epochs 0 to ``epochs``."""
+    steps = math.ceil(images / Protocol.batch) * (epochs + 1)
+    step, tests = 0, 1  # that of its end
+    while step < steps:
+        step, tests = _next_test(step), tests + 1
+    return tests
+
+
 class _Trainer:
     """Trains networks on all but some images of a set, and tests them on these on the way."""
 
@@ -270,8 +308,7 @@ class _Trainer:
             nonlocal step, next_test
             if step >= next_test:
                 test()
-                # Bands are passed fast at first.
-                next_test = step + 1 + step // 10
+                next_test = _next_test(step)
             step += 1
 
         train(

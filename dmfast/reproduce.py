@@ -27,10 +27,11 @@ from typing import Any
 
 from . import cli, paper
 from ._budget import Key, Rates, Size, allotment, parse_duration, shortened
+from ._cells import Table, rank, select
 from ._figure4 import DEFAULT_BUDGET, FIGURE_NAME, FigureConfig, parse_iterations, run_figure
 from ._jobs import CellJobs, facts_of
 from ._table_files import TableFiles, duration, size_words
-from ._tables import TABLES, Table, rank, select
+from ._tables import TABLES
 from .devices import PRECISIONS, machine, resolve_device
 from .errors import InputError, check_out, choose
 from .memory import keep_freed_pages
@@ -46,11 +47,13 @@ _MAX_SEED = 2**63
 class TableConfig:
     """The options of a table, named as on the command line.
 
-    ``only`` are patterns of cells as :func:`dmfast._tables.select` takes them, all cells where
+    ``only`` are patterns of cells as :func:`dmfast._cells.select` takes them, all cells where
     there are none. ``budget`` is a time such as ``40m``, None for as long as it takes. ``sets`` is
     how many are made for a cell, of the seeds from ``seed`` on. ``iterations``, ``epochs`` (of
     evaluated networks) and ``coreset_epochs`` (of the network by which real images are selected)
     are the paper's or the usual ones where None; ``preset`` is of distribution matching alone.
+    ``pool`` is a folder of :mod:`dmfast.pretrain` for Table 4, which where None trains one of
+    ``pool_networks`` for epochs 0 to ``pool_epochs``.
 
     Raises:
         InputError: on values out of range, or options that exclude each other.
@@ -64,6 +67,9 @@ class TableConfig:
     iterations: int | None = None
     epochs: int | None = None
     coreset_epochs: int | None = None
+    pool: str | None = None
+    pool_networks: int = 20
+    pool_epochs: int = 10
     preset: str = "paper"
     model: str | None = None
     precision: str = "auto"
@@ -88,6 +94,8 @@ class TableConfig:
             ("iterations", 1),
             ("epochs", 0),
             ("coreset_epochs", 0),
+            ("pool_networks", 1),
+            ("pool_epochs", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -97,6 +105,8 @@ class TableConfig:
             raise InputError(
                 f"--seed must be from 0 to 2**63 - {self.sets}, the number of sets, got {self.seed}"
             )
+        if self.pool is not None and not TABLES[self.table].has_bands:
+            raise InputError(f"--pool: {self.table} has no bands of networks; leave it out")
         check_out(self.out)
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other: leave one out")
@@ -110,7 +120,7 @@ def run(
 ) -> dict[str, Any]:
     """Does what ``python -m dmfast.reproduce table1`` does; returns what its JSON file holds.
 
-    Cells are run in the order of what they cost (:func:`dmfast._tables.rank`). With a budget, each
+    Cells are run in the order of what they cost (:func:`dmfast._cells.rank`). With a budget, each
     may take the time that :func:`dmfast._budget.allotment` gives it, by rates that are measured in
     this run; where that does not suffice it is shortened (:func:`dmfast._budget.shortened`), and
     where there is no time even for the smallest form it is not run. What has begun is finished, so
@@ -128,14 +138,17 @@ def run(
     table = TABLES[config.table]
     cells = select(table, config.only)
     device = resolve_device(config.device)
-    suffixes: dict[str, dict[str, None]] = {}
+    networks: dict[str, dict[str, None]] = {}
     for cell in cells:
-        source = table.sources[table.methods[cell.method].source]
-        suffixes.setdefault(cell.dataset, {})[source.suffix] = None
-    facts = {name: facts_of(name, config, of_set) for name, of_set in suffixes.items()}
+        of_set = networks.setdefault(cell.dataset, {})
+        of_set |= dict.fromkeys(table.networks_of(cell.method))
+    facts = {name: facts_of(name, config, of_set) for name, of_set in networks.items()}
     out = Path(config.out or f"runs/{config.table}")
     jobs = [CellJobs(table, cell, config, out, facts[cell.dataset]) for cell in cells]
     jobs.sort(key=lambda each: rank(each.is_dm, each.whole_work))
+    pools = {each.pool.folder: each.pool for each in jobs if each.pool is not None}
+    for pool in pools.values():
+        pool.check()
     with locked(out):
         files = TableFiles(out, config, command, machine(device))
         files.begin(jobs)
@@ -174,12 +187,16 @@ class _Session:
                 self._files.put(jobs)
 
     def _run_cell(self, number: int, jobs: CellJobs) -> None:
+        if not self._make_pool(number, jobs):
+            return
+        if (why := jobs.hindrance()) is not None:
+            self._leave_out(jobs, why)
+            return
         size, until = jobs.asked, None
         if self._end is not None and jobs.is_left:
             fit = self._fit(self._jobs[number:], self._end)
             if isinstance(fit, str):
-                print(f"{jobs.cell.name}: {fit}", flush=True)
-                jobs.reason = fit
+                self._leave_out(jobs, fit)
                 return
             size, until = fit
         print(f"{jobs.cell.name}: {size_words(size)}", flush=True)
@@ -191,6 +208,47 @@ class _Session:
                     return
             self._measured(jobs, one, size, partial(jobs.make, one, size.iterations))
             self._measured(jobs, one, size, partial(jobs.evaluate, one, size.networks))
+
+    def _leave_out(self, jobs: CellJobs, why: str) -> None:
+        print(f"{jobs.cell.name}: {why}", flush=True)
+        jobs.reason = why
+
+    def _make_pool(self, number: int, jobs: CellJobs) -> bool:
+        """Trains the networks that a cell and others draw from; whether the cell can be run."""
+        pool = jobs.pool
+        if pool is None or not pool.work[1]:
+            return True
+        if not jobs.is_left:  # of what was made before it was removed
+            return False
+        key, work = pool.work
+        if self._end is not None:
+            if key not in self._rates and self._clock() < self._end:
+                self._probe(*jobs.probe_of_training(pool.images))
+            left, needed = self._end - self._clock(), self._least(self._jobs[number:])[0]
+            if needed > left:
+                what = f"its pool of networks and {size_words(jobs.asked.smallest)}"
+                self._leave_out(jobs, _too_long(left, what, needed))
+                return False
+        start = self._clock()
+        pool.make()
+        self._rates.measure(key, work, self._clock() - start)
+        return True
+
+    def _least(self, coming: Sequence[CellJobs]) -> list[float]:
+        """Seconds of the smallest form of each, and of a pool for the first that draws from it."""
+        pools: set[Path] = set()
+        seconds = []
+        for jobs in coming:
+            works = jobs.works()(jobs.asked.smallest)
+            if (pool := jobs.pool) is not None and pool.folder not in pools:
+                pools.add(pool.folder)
+                works.append(pool.work)
+            seconds.append(self._rates.seconds(works))
+        return seconds
+
+    def _probe(self, key: Key, probe: Callable[[], float]) -> None:
+        start = self._clock()
+        self._rates.measure(key, probe(), self._clock() - start)
 
     def _measured(self, jobs: CellJobs, one: int, size: Size, job: Callable[[], None]) -> None:
         """Does a job, and takes note of its rate where it was work of a single kind."""
@@ -215,19 +273,22 @@ class _Session:
         if least <= left:
             for key, probe in jobs.probes():
                 if key not in self._rates:
-                    start = self._clock()
-                    self._rates.measure(key, probe(), self._clock() - start)
+                    self._probe(key, probe)
             left = end - self._clock()
-            leasts = [self._rates.seconds(each.works()(each.asked.smallest)) for each in coming]
+            leasts = self._least(coming)
             least, allowed = leasts[0], allotment(left, leasts)
             works = jobs.works()
             size = shortened(jobs.asked, lambda size: self._rates.seconds(works(size)), allowed)
             if size is not None:
                 return size, self._clock() + allowed
-        return (
-            f"not run: {duration(max(left, 0))} of the budget are left, and "
-            f"{size_words(jobs.asked.smallest)} would take about {duration(least)}"
-        )
+        return _too_long(left, size_words(jobs.asked.smallest), least)
+
+
+def _too_long(left: float, what: str, needed: float) -> str:
+    return (
+        f"not run: {duration(max(left, 0))} of the budget are left, and {what} would take about "
+        f"{duration(needed)}"
+    )
 
 
 def _parser() -> cli.Parser:
@@ -250,6 +311,7 @@ def _parser() -> cli.Parser:
 
 def _add_table_options(parser: cli.Parser, name: str, table: Table) -> None:
     default = TableConfig
+    methods = "; ".join(f"{key}: {method.words}" for key, method in table.methods.items())
     parser.add_argument(
         "--only",
         metavar="CELLS",
@@ -258,7 +320,7 @@ def _add_table_options(parser: cli.Parser, name: str, table: Table) -> None:
         "as cifar10/*/dm*; several divided by commas, or the option again. SET: "
         f"{', '.join(table.datasets)}, or any other, known by name or a path; IPC: "
         f"{', '.join(map(str, table.ipcs))}, or any number of images a class, or all for whole; "
-        "METHOD: " + "; ".join(f"{key}: {method.words}" for key, method in table.methods.items()),
+        "METHOD: " + methods.replace("%", "%%"),
     )
     parser.add_argument(
         "--budget",
@@ -277,12 +339,35 @@ def _add_table_options(parser: cli.Parser, name: str, table: Table) -> None:
         help="updates of the images of each set, of every method (default: the preset: 20000, of "
         "dc and dsa 1000)",
     )
-    parser.add_argument(
-        "--coreset-epochs",
-        metavar="E",
-        type=int,
-        help="train the network by which real images are selected for epochs 0 to E (default: 200)",
-    )
+    if table.has_coresets:
+        parser.add_argument(
+            "--coreset-epochs",
+            metavar="E",
+            type=int,
+            help="train the network by which real images are selected for epochs 0 to E (default: "
+            "200)",
+        )
+    if table.has_bands:
+        parser.add_argument(
+            "--pool",
+            metavar="DIR",
+            help="trained networks, of python -m dmfast.pretrain (default: train some, for all "
+            "cells of a set, and keep them)",
+        )
+        parser.add_argument(
+            "--pool-networks",
+            metavar="N",
+            type=int,
+            default=default.pool_networks,
+            help="how many to train, where no pool is given",
+        )
+        parser.add_argument(
+            "--pool-epochs",
+            metavar="E",
+            type=int,
+            default=default.pool_epochs,
+            help="train each for epochs 0 to E",
+        )
     _add_shared_options(parser, default.networks, f"runs/{name}")
 
 

@@ -409,3 +409,18 @@ def test_wrong_options_of_condensing(
     with pytest.raises(InputError, match=named):
         condense.run(CondenseConfig(**options))
     assert not list(tmp_path.iterdir())
+
+
+def test_tests_are_counted_as_they_are_made(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    tests = 0
+    original = pretrain._Trainer._accuracy
+
+    def counted(self):
+        nonlocal tests
+        tests += 1
+        return original(self)
+
+    monkeypatch.setattr(pretrain._Trainer, "_accuracy", counted)
+    data_set = data.load("digits")
+    pretrain.run(config(tmp_path / "pool", networks=1, epochs=9))
+    assert tests == pretrain.count_tests(len(data_set.train_labels) - 200, 9)

@@ -15,13 +15,15 @@ from typing import Any
 import accuracy
 import iteration
 import pytest
+import rates
+import reproduced
 import roofline
 import stages
-import table1
 import torch
 from tables import with_content
 
 from dmfast import ops
+from dmfast._tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -93,40 +95,69 @@ def test_the_accuracy_table_is_that_of_the_results() -> None:
     assert accuracy.table().count("\n") > 2, "no results are committed"
 
 
-def test_the_table_of_rivals_is_that_of_the_results() -> None:
-    assert table1.with_table(README) == README
-    assert table1.table().count("\n") > 2, "no results are committed"
+def test_the_papers_tables_are_those_of_the_results() -> None:
+    assert reproduced.with_tables(README) == README
+    for name in TABLES:
+        assert reproduced.table(name).count("\n") > 2, f"no results of {name} are committed"
 
 
-def test_a_table_of_rivals_is_kept_without_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_is_kept_without_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cell(dataset: str, method: str, **more: Any) -> dict[str, Any]:
+        first = {"iterations": None, "epochs": 1000, "networks": 3, "seconds_evaluating": 90.0}
         return {
             **{"dataset": dataset, "images_per_class": 1, "method": method, "paper": None},
-            **{"sets": [{"iterations": None}], "accuracy_mean": 50.04, "accuracy_std": 0.26},
-            **{"commands": ["evaluate --data-root /d/ata --out /o/ut/x"]} | more,
+            **{"accuracy_mean": 50.04, "accuracy_std": 0.26, "sets": [first | more.pop("set", {})]},
+            **{"commands": ["evaluate --data-root /d/ata --out /d/ata/öut/x"]} | more,
         }
 
     paper = {"mean": 64.9, "std": 3.5, "rebuilt": True}
     cells = [
         cell("mnist", "random", paper=paper),
-        cell("mnist", "dm", sets=[{"iterations": 1500}]),
+        cell("mnist", "herding-no-augmentation"),
+        cell("mnist", "dm", set={"iterations": 1500, "epochs": 200}),
         cell("cifar10", "herding"),
         cell("cifar10", "k-center", sets=[]),
     ]
-    content = {"options": {"data_root": "/d/ata", "out": "/o/ut"}, "cells": cells}
-    (tmp_path / "table1.json").write_text(json.dumps(content))
-    monkeypatch.setattr(table1, "RESULTS", tmp_path)
-    kept = table1.keep(tmp_path / "table1.json")
+    options = {"data_root": "/d/ata", "out": "/d/ata/öut", "pool": None}
+    content = {"options": options, "table": "table1"}
+    (tmp_path / "table1.json").write_text(json.dumps(content | {"cells": cells}))
+    monkeypatch.setattr(reproduced, "RESULTS", tmp_path)
+    kept = reproduced.keep(tmp_path / "table1.json")
     assert [path.name for path in kept] == ["table1-mnist.json", "table1-cifar10.json"]
-    assert not [
-        path for path in kept if "/d/ata" in path.read_text() or "/o/ut" in path.read_text()
+    for path in kept:
+        commands = {
+            line for row in json.loads(path.read_text())["cells"] for line in row["commands"]
+        }
+        assert commands == {"evaluate --data-root DIR --out runs/table1/x"}
+    shown = reproduced.table("table1")
+    assert shown.splitlines() == [
+        "| set | images a class | random | herding | k-center | DM |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| MNIST | 1 | **50.0 ± 0.3** (64.9 ± 3.5*) | not run | not run | **50.0 ± 0.3** |",
+        "| CIFAR-10 | 1 | not run | **50.0 ± 0.3** | not run | not run |",
+        "",
+        "Iterations of condensing: 1,500. Epochs of the networks, from 0 to: 1,000: random on "
+        "MNIST at 1, herding on CIFAR-10 at 1; 200: DM on MNIST at 1.",
     ]
-    shown = table1.table()
-    assert "| MNIST | 1 | **50.0 ± 0.3** (64.9 ± 3.5*) | not run |" in shown
-    assert "| CIFAR-10 | 1 | not run | not run | **50.0 ± 0.3** | not run |" in shown
-    assert shown.endswith("Iterations of condensing: DM on MNIST at 1: 1,500.\n")
+    banded = [
+        cell("cifar10", "random", set={"iterations": 500, "seconds_making": 60.0}),
+        cell("cifar10", "all", set={"iterations": 500, "seconds_making": 120.0}),
+    ]
+    (tmp_path / "table4.json").write_text(
+        json.dumps({"options": {**options, "data_root": None}, "table": "table4", "cells": banded})
+    )
+    assert [path.name for path in reproduced.keep(tmp_path / "table4.json")] == [
+        "table4-cifar10.json"
+    ]
+    assert reproduced.table("table4").splitlines()[-1] == (
+        "Iterations of condensing: 500. Epochs of the networks, from 0 to: 1,000. Making a set "
+        "took: 60 s: random; 2.0 min: all. Training and testing a network took: 30 s."
+    )
+
+
+def test_the_table_of_rates_is_that_of_the_results() -> None:
+    assert rates.with_table(README) == README
+    assert rates.table().count("\n") > 2, "no results are committed"
 
 
 def test_the_table_of_times_is_that_of_the_results() -> None:

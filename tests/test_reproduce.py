@@ -10,38 +10,26 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from image_sets import make, write_idx, write_tiny_imagenet
+from small_tables import MODEL, Machine, table
 
-from dmfast import InputError, _jobs, charts, coreset, evaluate, paper, reproduce
+from dmfast import InputError, _jobs, _making, charts, coreset, evaluate, paper, reproduce
 from dmfast._budget import Rates, Size, allotment, parse_duration, shortened
+from dmfast._cells import Cell, Facts, condensing_work, rank, select
 from dmfast._figure4 import _Curve, parse_iterations
 from dmfast._jobs import CellJobs
-from dmfast._tables import TABLES, Cell, Facts, condensing_work, rank, select
+from dmfast._tables import TABLES
 from dmfast.evaluate import EvaluateConfig
 from dmfast.gradient_matching import LOOPS
 from dmfast.reproduce import FigureConfig, TableConfig
 from dmfast.runs import RunFolder
 
 TABLE = TABLES["table1"]
-SMALL = {"sets": 2, "networks": 2, "iterations": 4, "epochs": 2, "coreset_epochs": 1}
-MODEL = "ConvNetD1W8"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(reproduce.__file__).parents[1])}
-
-
-def table(out: Path, *only: str, **options: Any) -> dict[str, dict[str, Any]]:
-    """Runs the cells; the rows of the table by name."""
-    arguments = {"model": MODEL, **SMALL, **options}
-    clock = arguments.pop("clock", time.monotonic)
-    content = reproduce.run(TableConfig(only=only, out=str(out), **arguments), clock=clock)
-    written = json.loads((out / f"{content['table']}.json").read_text())
-    assert written == json.loads(json.dumps(content))
-    return {row["cell"]: row for row in content["cells"]}
 
 
 def command(*arguments: object) -> list[str]:
@@ -198,14 +186,18 @@ def test_cheap_cells_come_first_and_dm_among_equals() -> None:
 
 def test_the_work_of_a_cell_is_counted_in_images(tmp_path: Path) -> None:
     facts = Facts(
-        classes=10, train_images=50_000, test_images=10_000, pixels=1024, smallest_class=5000
+        classes=10,
+        train_images=50_000,
+        test_images=10_000,
+        smallest_class=5000,
+        costs={"ConvNet": 1.0},
     )
-    assert condensing_work("dm", facts, 10, 256) == 10 * (256 + 3 * 10)
-    assert condensing_work("dm", replace(facts, pixels=4096), 10, 256) == 4 * 10 * (256 + 3 * 10)
-    assert condensing_work("dsa", facts, 1, 256) == 10 * (3 * 256 + 9)
+    assert condensing_work("dm", facts, 10, 256, 1.0) == 10 * (256 + 3 * 10)
+    assert condensing_work("dm", facts, 10, 256, 4.0) == 4 * 10 * (256 + 3 * 10)
+    assert condensing_work("dsa", facts, 1, 256, 1.0) == 10 * (3 * 256 + 9)
     rounds, epochs = LOOPS[10]
     of_round = 10 * (3 * 256 + 9 * 10)
-    assert condensing_work("dc", facts, 10, 256) == rounds * of_round + 9 * epochs * 3 * 100
+    assert condensing_work("dc", facts, 10, 256, 1.0) == rounds * of_round + 9 * epochs * 3 * 100
 
     def work(name: str) -> float:
         (cell,) = select(TABLE, [name])
@@ -217,7 +209,7 @@ def test_the_work_of_a_cell_is_counted_in_images(tmp_path: Path) -> None:
     assert work("cifar10/10/dm") == 5 * (20 * network + 20_000 * 10 * (256 + 30))
     assert work("cifar10/10/herding") == 5 * (20 * network + 201 * 3 * 50_000)
     assert work("cifar10/all/whole") == 20 * (51 * 3 * 50_000 + 10_000)
-    dc = 5 * (20 * (3 * 100 * 301 + 10_000) + 1000 * condensing_work("dc", facts, 10, 256))
+    dc = 5 * (20 * (3 * 100 * 301 + 10_000) + 1000 * condensing_work("dc", facts, 10, 256, 1.0))
     assert work("cifar10/10/dc") == dc
 
 
@@ -269,13 +261,13 @@ def test_augmentation_is_that_of_the_method(made) -> None:
 def test_the_table_in_markdown_says_all(made) -> None:
     out, rows = made
     text = (out / "table1.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("| digits")]
+    lines = [line for line in text.splitlines() if line.startswith("| digits/")]
     assert len(lines) == len(rows)
     for line, row in zip(lines, rows.values(), strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[:3] == ["digits", str(row["images_per_class"]), row["method"]]
-        assert cells[4] == f"**{row['accuracy_mean']:.1f} ± {row['accuracy_std']:.1f}**"
-        assert cells[6] == f"{len(row['sets'])} x 2"
+        assert cells[0] == row["cell"]
+        assert cells[2] == f"**{row['accuracy_mean']:.1f} ± {row['accuracy_std']:.1f}**"
+        assert cells[4] == f"{len(row['sets'])} x 2"
         assert cells[-1] == ", ".join(row["shortened"])
     assert "torch" in text
     assert "python -m dmfast.condense --model" in text
@@ -322,7 +314,7 @@ def test_the_paper_is_beside_where_the_images_are_the_same(tmp_path: Path) -> No
     plain = rows["mnist/1/random-no-augmentation"]
     assert plain["paper"] == {"mean": 64.9, "std": 3.5, "rebuilt": True}
     text = (tmp_path / "out/table1.md").read_text()
-    assert "| mnist | 1 | random-no-augmentation | 64.9 ± 3.5* | **" in text
+    assert "| mnist/1/random-no-augmentation | 64.9 ± 3.5* | **" in text
     assert "rebuilt from other publications" in text
     assert rows["mnist/1/dc"]["sets"][0]["augmentation"] == "crop_scale_rotate"
     assert rows["mnist/1/dc"]["paper"]["mean"] == 91.7
@@ -444,44 +436,16 @@ def test_an_interrupt_leaves_the_table_so_far(tmp_path: Path, monkeypatch) -> No
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_jobs.condense, "run", interrupt)
+    monkeypatch.setattr(_making.condense, "run", interrupt)
     with pytest.raises(KeyboardInterrupt):
         table(tmp_path, "digits/1/dm", "digits/1/random-no-augmentation", iterations=1000)
     content = json.loads((tmp_path / "table1.json").read_text())
-    dm, random = content["cells"]
+    random, dm = content["cells"]
     assert dm["sets"] == []
     assert len(random["sets"]) == 2
 
 
 # ---- a budget ----------------------------------------------------------------------------------
-
-
-class Machine:
-    """A clock that goes on by what was done: 0.1 s an iteration, 1 s a network of any training."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.seconds_a_network = 0.0, 1.0
-        condense_run, evaluate_run = _jobs.condense.run, _jobs.evaluate.run
-
-        def condense(config):
-            before, _ = RunFolder(config.out).read_progress()
-            result = condense_run(config)
-            self.now += 0.1 * (config.iterations - before)
-            return result
-
-        def evaluated(config, **options):
-            before = _jobs._read_evaluation(Path(config.out)) or {"accuracies": []}
-            result = evaluate_run(config, **options)
-            self.now += self.seconds_a_network * (
-                len(result.accuracies) - len(before["accuracies"])
-            )
-            return result
-
-        monkeypatch.setattr(_jobs.condense, "run", condense)
-        monkeypatch.setattr(_jobs.evaluate, "run", evaluated)
-
-    def __call__(self) -> float:
-        return self.now
 
 
 #: A probe trains networks for as many epochs, so that it predicts a second for each.
@@ -554,49 +518,6 @@ def test_a_machine_that_gets_slower_makes_fewer_sets(tmp_path: Path, monkeypatch
     # 15 s were expected to do for all; the first set takes them, and the second finds 14.
     assert len(row["sets"]) == 1
     assert row["reason"] == "the time that it was given is over"
-
-
-# ---- instance and batch norm -------------------------------------------------------------------
-
-
-def test_table_2_condenses_and_evaluates_with_the_same_norm(tmp_path: Path, monkeypatch) -> None:
-    rows = table(tmp_path, "digits/1", table="table2", sets=1)
-    assert list(rows) == [
-        f"digits/1/{method}-{norm}"
-        for norm in ("instance-norm", "batch-norm")
-        for method in ("dsa", "dm")
-    ]
-    for name, row in rows.items():
-        model = MODEL + ("BN" if name.endswith("batch-norm") else "")
-        assert f'"model": "{model}"' in (tmp_path / name / "seed0/config.json").read_text()
-        assert row["sets"][0]["model"] == model
-        assert row["full"]["model"] == ("ConvNetBN" if model.endswith("BN") else "ConvNet")
-        for line in row["commands"]:
-            assert f"--model {model}" in line
-    with monkeypatch.context() as patch:  # nothing is done twice
-        patch.delattr(evaluate, "_evaluate_rest")
-        assert table(tmp_path, "digits/1", table="table2", sets=1, resume=True) == rows
-    only = "digits/1/dm-batch-norm"
-    assert list(table(tmp_path, only, table="table2", sets=1, overwrite=True)) == [only]
-    assert not (tmp_path / "digits/1/dsa-batch-norm").exists()
-
-
-@pytest.mark.parametrize(
-    ("dataset", "model"), [("cifar10", "ConvNetBN"), ("tiny-imagenet", "ConvNetD4BN")]
-)
-def test_the_usual_network_of_a_set_with_batch_norm(dataset: str, model: str) -> None:
-    facts = Facts(classes=10, train_images=10, test_images=10, pixels=1024, smallest_class=1)
-    config = TableConfig(table="table2")
-    cell = Cell(dataset, 50, "dm-batch-norm")
-    jobs = CellJobs(TABLES["table2"], cell, config, Path("out"), facts)
-    assert jobs._condense_config(0, 1).model == model
-    assert jobs._evaluate_config(0, 1, 1).model == model
-
-
-def test_table_2_takes_a_model_with_instance_norm(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="ConvNetBNBN"):
-        table(tmp_path / "out", "digits/1", table="table2", model="ConvNetBN")
-    assert not list(tmp_path.iterdir())
 
 
 # ---- the figure --------------------------------------------------------------------------------
@@ -772,6 +693,16 @@ def test_a_chart_takes_any_name(tmp_path: Path) -> None:
     curves = {"a": [(1.0, 50.0, 1.0), (2.0, 60.0, 1.0)]}
     charts.save_accuracy_over_time(tmp_path / "a.svg", curves, r"of a$\q$b")
     assert r"a$\q$b" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("what", [*TABLES, "figure4"])
+def test_help_names_the_options_that_there_are(what: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        reproduce._main([what, "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert ("--coreset-epochs" in said) == (what == "table1")
+    assert ("--pool-epochs" in said) == (what == "table4")
 
 
 @pytest.mark.parametrize(
