@@ -66,9 +66,14 @@ def plain(matcher: Matcher, steps: range) -> list[float]:
 # ---- recorded and replayed
 
 
+@pytest.mark.parametrize("whole_gradient", [True, False])
 @pytest.mark.parametrize("model", ["ConvNetD2W16BN", "ConvNetD2W8BN"])
-def test_batch_norm_in_parts_can_be_recorded(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_norm_in_parts_can_be_recorded(
+    model: str, whole_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(matching, "_BATCH_NORM_BYTES", 0)
+    if not whole_gradient:
+        monkeypatch.setattr(matching, "_BATCH_NORM_GRADIENT_BYTES", 0)
     monkeypatch.setitem(matching._PIXELS_PER_PASS, "cpu", 5 * 12 * 8)
     replayed, eager = build(model), build(model)
     assert len(replayed._chunks[0].passes) > 1
