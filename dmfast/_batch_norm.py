@@ -118,7 +118,7 @@ def conv_batch_statistics(
     with torch.no_grad():
         if x.device.type != "cpu" or not is_fused([conv_weight], padding, precision, x.dtype):
             with without_autocast(x):
-                return _statistics(F.conv2d(x, conv_weight.to(x.dtype), padding=padding))
+                return statistics_of(F.conv2d(x, conv_weight.to(x.dtype), padding=padding))
         bfloat16 = has_bfloat16_products(precision, x.dtype)
         found: Tensor = _ops._conv_batch_statistics(
             x.float(), conv_weight.float(), padding, bfloat16
@@ -140,7 +140,7 @@ def _layers(
     of_batch = statistics is None
     if statistics is None:
         with torch.no_grad():
-            statistics = _statistics(z)
+            statistics = statistics_of(z)
     scale, shift = (None if p is None else p.to(x.dtype) for p in (weight, bias))
     mean, variance = (None, None) if of_batch else statistics.to(x.dtype).unbind()
     y = F.batch_norm(z, mean, variance, scale, shift, of_batch, 0.0, eps)
@@ -148,7 +148,8 @@ def _layers(
     return out, statistics
 
 
-def _statistics(z: Tensor) -> Tensor:
+def statistics_of(z: Tensor) -> Tensor:
+    """Mean and variance (ddof 0) of each channel of z [N, K, H, W]: [2, K], float32 or wider."""
     variance, mean = torch.var_mean(z.to(_wide(z.dtype)), (0, 2, 3), correction=0)
     return torch.stack([mean, variance])
 

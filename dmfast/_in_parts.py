@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import ops
+from ._batch_norm import statistics_of
 from .networks import ConvNet, FusedBlock, Network
 
 #: A batch norm, and the layers between it and the one before.
@@ -128,16 +129,21 @@ def _gradient(
     #: The gradient in the statistics of each norm, where it is known.
     of_statistics: dict[int, Tensor] = {}
 
-    def along(x: Tensor, begin: int, variables: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The embeddings, and what the part adds to the statistics of each norm from ``begin``."""
+    def along(
+        x: Tensor, begin: int, variables: Sequence[Tensor], later: range
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The embeddings, and what the part adds to the statistics of the ``later`` norms."""
         shares = []
         x = x.clone()  # layers that work in place are not to change what is kept
-        for (before, norm), statistics in zip(layers[begin:], variables[begin:], strict=True):
+        for number in range(begin, len(layers)):
+            (before, norm), statistics = layers[number], variables[number]
             z = before(x)
-            wide, values = z.to(statistics.dtype), len(images) * z[0, 0].numel()
-            # The mean of the squares' distances does not change with the mean that they are from.
-            squares = (wide - statistics[0].detach()[:, None, None]).square()
-            shares.append(torch.stack([wide.sum((0, 2, 3)), squares.sum((0, 2, 3))]) / values)
+            wide = z.to(statistics.dtype)
+            if number in later:
+                values = len(images) * z[0, 0].numel()
+                # The mean square distance does not change with the mean that it is from.
+                squares = (wide - statistics[0].detach()[:, None, None]).square()
+                shares.append(torch.stack([wide.sum((0, 2, 3)), squares.sum((0, 2, 3))]) / values)
             x = _normalised(wide, norm, statistics).to(z.dtype)
         return rest(x).flatten(1), shares
 
@@ -145,16 +151,15 @@ def _gradient(
         variable: int, begin: int, inputs: Sequence[Tensor], into: Callable[[int, Tensor], object]
     ) -> None:
         """The gradient of each part in the statistics of that number, or, of -1, in the images."""
+        later = range(variable + 1, len(layers))
         for part, (x, of_part) in enumerate(zip(inputs, gradients, strict=True)):
             x = x.detach().requires_grad_(variable < 0)
             variables = [s.detach().requires_grad_(i == variable) for i, s in enumerate(known)]
             with torch.enable_grad():
-                embedded, shares = along(x, begin, variables)
-            later = [number for number in range(begin, len(layers)) if number > variable]
-            outputs = [embedded, *(shares[number - begin] for number in later)]
+                embedded, shares = along(x, begin, variables, later)
             of_outputs = [of_part.to(embedded.dtype), *(of_statistics[n] for n in later)]
             target = x if variable < 0 else variables[variable]
-            into(part, torch.autograd.grad(outputs, target, of_outputs)[0])
+            into(part, torch.autograd.grad([embedded, *shares], target, of_outputs)[0])
 
     begin, inputs = _kept(layers, sources, known, kept_bytes)
     for number in reversed(range(len(layers))):
@@ -254,9 +259,10 @@ def _embed(
 
 def _collected(at: Callable[[int], Tensor], first: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """``first`` and what ``at`` gives of the other parts, of so many rows each, in one tensor."""
-    one_piece = first.new_empty((sum(counts), *first.shape[1:]))
+    shape, layout = (sum(counts), *first.shape[1:]), torch.contiguous_format
     if first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
-        one_piece = one_piece.to(memory_format=torch.channels_last)
+        layout = torch.channels_last
+    one_piece = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
     pieces = list(torch.split(one_piece, list(counts)))
     pieces[0].copy_(first)
     for part in range(1, len(counts)):
@@ -333,10 +339,7 @@ def _through_block(
 
 
 def _statistics_of(before: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    z = before(x)
-    wide = z if z.dtype == torch.float64 else z.float()
-    variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    return torch.stack([mean, variance]), x.shape[0]
+    return statistics_of(before(x)), x.shape[0]
 
 
 def _through(before: nn.Module, norm: nn.BatchNorm2d, x: Tensor, statistics: Tensor) -> Tensor:

@@ -13,11 +13,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from image_sets import make, write_idx, write_tiny_imagenet
 from small_tables import MODEL, Machine, table
 
-from dmfast import InputError, _jobs, _making, charts, coreset, evaluate, paper, reproduce
+from dmfast import (
+    InputError,
+    _jobs,
+    _making,
+    _table_files,
+    charts,
+    coreset,
+    evaluate,
+    paper,
+    reproduce,
+)
 from dmfast._budget import Rates, Size, allotment, parse_duration, shortened
 from dmfast._cells import Cell, Facts, condensing_work, rank, select
 from dmfast._figure4 import _Curve, parse_iterations
@@ -136,6 +147,35 @@ def test_a_path_is_a_set(tmp_path: Path) -> None:
     (cell,) = select(TABLE, [f"{tmp_path}/set.npz/2/dm"])
     assert cell == Cell(str(tmp_path / "set.npz"), 2, "dm")
     assert cell.folder() == Path("set-npz/2/dm")
+
+
+def test_a_path_that_is_there_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "set[1].npz").touch()
+    (cell,) = select(TABLE, [f"{tmp_path}/set[1].npz/2/dm"])
+    assert cell.dataset == f"{tmp_path}/set[1].npz"
+
+
+def test_sets_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+    images = make(8, train=20)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "x.npz", **images._asdict())
+    cells = [f"{tmp_path}/{name}/x.npz/1/random" for name in ("a", "b")]
+    options = {"sets": 1, "networks": 1, "epochs": 0, "cache": False}
+    out = tmp_path / "out"
+    table(out, cells[0], **options)
+    before = (out / "table1.json").read_bytes()
+    for also in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(InputError, match=r"would share the folder .*x-npz: give each an --out"):
+            table(out, *cells, **options, **also)
+        assert (out / "table1.json").read_bytes() == before
+    with pytest.raises(InputError, match="would share the folder"):
+        table(out, cells[1], **options, resume=True)
+    assert (out / "x-npz/1/random/seed0/evaluation.json").exists()
+
+
+def test_a_name_does_not_break_a_row() -> None:
+    assert _table_files._lines(["a"], [["x|y\nz"]]).splitlines()[2:] == ["| x\\|y z |"]
 
 
 @pytest.mark.parametrize(
